@@ -1,0 +1,1 @@
+"""Published weights to ours and back."""

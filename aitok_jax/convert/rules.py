@@ -1,0 +1,91 @@
+"""The published parameter names and layouts, and ours.
+
+Ours are '/'-joined paths into {'params': …, 'model_state': …}; only the layouts of a few leaves differ (`to_layout`).
+Tables that follow from the configuration (relative positions, sine positions, class weights) and the copies of the
+transformer under the task heads have no counterpart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+_DERIVED = re.compile(r"relative_(coords_table|position_index)$|(^|\.)enc_embed$|_head\.(transformer|loss_seq)\.|attn_mask$")
+_TOKENIZER = re.compile(r"^(depth|insseg)_head\.vqvae\.")
+_TOKENIZER_NAMES = {"depth": "depth_tokenizer", "insseg": "mask_tokenizer"}
+_RENAMED = {"det_embed": "task_embed"}
+_NORM = re.compile(r"norm\d*$|_ln$")
+
+
+def locate(name: str) -> tuple[str, ...] | None:
+    """A published name -> our path, or None for a derived table.
+
+    >>> locate("backbone.layers.0.blocks.1.attn.qkv.weight")
+    ('params', 'backbone', 'layers_0', 'blocks_1', 'attn', 'qkv', 'kernel')
+    """
+    name = name.removeprefix("module.")
+    if _DERIVED.search(name):
+        return None
+    if match := _TOKENIZER.match(name):
+        return ("model_state", _TOKENIZER_NAMES[match[1]], *_locate_leaf(name[match.end() :]))
+    return _locate_leaf(name)
+
+
+def to_ours(name: str) -> str:
+    """A published name of a trained parameter -> our '/'-joined path inside `params`."""
+    root, *path = locate(name)
+    if root != "params":
+        raise ValueError(f"{name} is not a trained parameter; ours is at {root}/{'/'.join(path)}")
+    return "/".join(path)
+
+
+def _locate_leaf(name: str) -> tuple[str, ...]:
+    if match := re.match(r"_vq_vae\._(embedding|ema_cluster_size|ema_w)$", name):
+        return ("model_state", "codebook", "quantizer", match[1].replace("ema_cluster_size", "cluster_size"))
+    name = re.sub(r"\.(\d+)(?=\.)", r"_\1", re.sub(r"^(encoder|decoder)\.(\d+)\.", r"\1.layers.\2.", name))
+    *modules, leaf = name.split(".")
+    if leaf == "weight":
+        leaf = "scale" if _is_norm(modules[-1]) else "kernel"
+    return ("params", *modules, _RENAMED.get(leaf, leaf))
+
+
+def _is_norm(module: str) -> bool:
+    return bool(_NORM.search(module))
+
+
+def to_layout(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    """A published array (torch layout) -> the layout of our leaf at `path`.
+
+    Linear [out,in] -> [in,out]; convolution OIHW -> HWIO; transposed convolution IOHW -> HWIO; tables lose their axes
+    of length 1.
+    """
+    leaf = path[-1]
+    if leaf == "kernel" and array.ndim == 2:
+        return array.T
+    if leaf == "kernel" and array.ndim == 4:
+        return array.transpose(2, 3, 0, 1) if _is_transposed(path, array) else array.transpose(2, 3, 1, 0)
+    if leaf in ("logit_scale", "mask_embed"):
+        return array.reshape(-1)
+    if leaf == "task_embed":
+        return array.reshape(array.shape[0], -1)
+    return array
+
+
+def _is_transposed(path: tuple[str, ...], array: np.ndarray) -> bool:
+    return path[-3] == "decoder" and path[-2].startswith("layers_") and array.shape[2:] == (4, 4)
+
+
+def from_state_dict(state_dict: Mapping[str, np.ndarray]) -> dict:
+    """A published state dict -> {'params': …, 'model_state': …} in our names and layouts."""
+    tree: dict = {"params": {}, "model_state": {}}
+    for name, array in state_dict.items():
+        path = locate(name)
+        if path is None:
+            continue
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = to_layout(path, np.asarray(array))
+    return tree

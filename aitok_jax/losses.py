@@ -1,0 +1,75 @@
+"""Losses as pure functions; all of them compute in float32 and return a float32 scalar."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def mse(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean squared error over all elements of two arrays of one shape."""
+    return jnp.mean(jnp.square(_f32(prediction) - _f32(target)))
+
+
+def l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean absolute error over all elements of two arrays of one shape."""
+    return jnp.mean(jnp.abs(_f32(prediction) - _f32(target)))
+
+
+def smooth_l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Huber loss with threshold 1, mean over all elements."""
+    return jnp.mean(optax.huber_loss(_f32(prediction), _f32(target), delta=1.0))
+
+
+def mse_ignore_zero(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean squared error over the elements with target > 0 (AIT.md section 2); 0 where there are none."""
+    valid = target > 0
+    return _masked_mean(jnp.square(_f32(prediction) - _f32(target)), valid)
+
+
+def silog(
+    prediction: jax.Array, target: jax.Array, *, min_prediction: float | None = None, variance_focus: float = 0.5
+) -> jax.Array:
+    """Scale-invariant log loss sqrt(mean d² − λ (mean d)²), d = log target − log prediction, over target > 0.
+
+    Args:
+        prediction: metres, any shape.
+        target: metres, same shape; 0 where there is no annotation.
+        min_prediction: predictions are clipped from below at this value (the depth task uses 1e-3); None leaves them.
+        variance_focus: λ.
+    Returns:
+        the loss over all annotated elements together; 0 where there are none.
+    """
+    prediction, target = _f32(prediction), _f32(target)
+    if min_prediction is not None:
+        prediction = jnp.maximum(prediction, min_prediction)
+    valid = target > 0
+    d = jnp.log(jnp.where(valid, target, 1.0)) - jnp.log(jnp.where(valid, prediction, 1.0))
+    variance = _masked_mean(jnp.square(d), valid) - variance_focus * jnp.square(_masked_mean(d, valid))
+    positive = variance > 0  # the square root has no finite gradient at 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore: int = -1) -> jax.Array:
+    """Mean cross-entropy of logits [..., K] against int labels [...], over labels other than `ignore`."""
+    valid = labels != ignore
+    losses = optax.softmax_cross_entropy_with_integer_labels(_f32(logits), jnp.where(valid, labels, 0))
+    return _masked_mean(losses, valid)
+
+
+RECONSTRUCTION = {
+    "mse": mse,
+    "l1": l1,
+    "smooth_l1": smooth_l1,
+    "mse_ignore_zero": mse_ignore_zero,
+    "silog": silog,
+}
+
+
+def _f32(x: jax.Array) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def _masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(valid, x, 0.0)) / jnp.maximum(jnp.sum(valid), 1)

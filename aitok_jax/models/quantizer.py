@@ -1,0 +1,140 @@
+"""Vector quantizer: nearest code with a straight-through gradient and an EMA or a learned codebook (AIT.md section 2)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from aitok_jax import losses
+
+
+@flax.struct.dataclass
+class Quantized:
+    """What the quantizer makes of an encoder output.
+
+    Attributes:
+        z: f32[..., D] the codes' vectors, with the straight-through gradient.
+        codes: int32[...] code indices.
+        loss: f32 scalar, commitment (and, for a learned codebook, codebook) loss.
+        perplexity: f32 scalar, exp of the entropy of the codes of this batch; at most K.
+        usage: f32 scalar in 0..1, the share of the codebook chosen at least once in this batch.
+    """
+
+    z: jax.Array
+    codes: jax.Array
+    loss: jax.Array
+    perplexity: jax.Array
+    usage: jax.Array
+
+
+def nearest_codes(z: jax.Array, embedding_KD: jax.Array) -> jax.Array:
+    """Index of the nearest code in squared L2 distance, float32: z f32[..., D] -> int32[...]."""
+    z, e_KD = z.astype(jnp.float32), embedding_KD.astype(jnp.float32)
+    dots = jnp.einsum("...d,kd->...k", z, e_KD, precision="highest")
+    e2_K = jnp.sum(jnp.square(e_KD), -1)
+    distances = jnp.expand_dims(e2_K, range(z.ndim - 1)) - 2 * dots  # |z|² is the same for every code
+    return jnp.argmin(distances, -1).astype(jnp.int32)
+
+
+def ema_update(
+    cluster_size_K: jax.Array, ema_w_KD: jax.Array, counts_K: jax.Array, sums_KD: jax.Array, decay: float, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One EMA step of the codebook: (cluster sizes, sums, codebook). The Laplace smoothing is written back into the sizes.
+
+    N ← decay·N + (1−decay)·n;  N ← (N+ε)/(ΣN+Kε)·ΣN;  m ← decay·m + (1−decay)·Σz;  codebook ← m/N.
+    """
+    size_K = decay * cluster_size_K + (1 - decay) * counts_K
+    total = jnp.sum(size_K)
+    size_K = (size_K + epsilon) / (total + size_K.shape[0] * epsilon) * total
+    ema_w_KD = decay * ema_w_KD + (1 - decay) * sums_KD
+    return size_K, ema_w_KD, ema_w_KD / size_K[:, None]
+
+
+class Quantizer(nn.Module):
+    """Nearest-code quantizer.
+
+    With `ema` the codebook lives in the collection `codebook` (embedding, cluster_size, ema_w) and moves by `ema_update`
+    in training. The sums run over the global batch, so that in data-parallel training every device holds the same
+    codebook; the published system updates each replica from its own part. Without `ema` the codebook is a parameter.
+
+    Attributes:
+        num_codes: K.
+        code_dim: D.
+        ema: EMA codebook (the default of the paper) or a learned one.
+        decay, epsilon: of the EMA.
+        commitment_cost: weight of mse(sg[code], z).
+        restart_threshold: codes whose EMA count falls below it are set to random encoder outputs of the batch; 0 turns
+            it off, as published (a code that is never chosen then jumps far away and is dead for good). Needs the rng
+            stream `restart`.
+    """
+
+    num_codes: int
+    code_dim: int
+    ema: bool = True
+    decay: float = 0.99
+    epsilon: float = 1e-5
+    commitment_cost: float = 0.25
+    restart_threshold: float = 0.0
+
+    def setup(self):
+        shape = (self.num_codes, self.code_dim)
+        if self.ema:
+            self.embedding = self.variable("codebook", "embedding", self._normal, shape)
+            self.cluster_size = self.variable("codebook", "cluster_size", jnp.zeros, shape[:1])
+            self.ema_w = self.variable("codebook", "ema_w", self._normal, shape)
+        else:
+            k = self.num_codes
+            init = lambda key, shape: jax.random.uniform(key, shape, minval=-1 / k, maxval=1 / k)
+            self.learned = self.param("embedding", init, shape)
+
+    def _normal(self, shape):
+        return jax.random.normal(self.make_rng("params"), shape)
+
+    @property
+    def table(self) -> jax.Array:
+        """f32[K, D], the codebook."""
+        return self.embedding.value if self.ema else self.learned
+
+    def lookup(self, codes: jax.Array) -> jax.Array:
+        """int32[...] -> f32[..., D]."""
+        return self.table[codes]
+
+    def expect(self, probabilities: jax.Array) -> jax.Array:
+        """Soft tokens: f32[..., K] -> f32[..., D], the probability-weighted mean of the codes."""
+        return jnp.einsum("...k,kd->...d", probabilities.astype(jnp.float32), self.table)
+
+    def __call__(self, z: jax.Array, train: bool = False) -> Quantized:
+        """Quantizes z [..., D]; in training also moves the EMA codebook (after the assignment and the loss)."""
+        z = z.astype(jnp.float32)
+        codes = nearest_codes(z, self.table)
+        quantized = self.lookup(codes)
+        loss = self.commitment_cost * losses.mse(z, jax.lax.stop_gradient(quantized))
+        if not self.ema:
+            loss += losses.mse(quantized, jax.lax.stop_gradient(z))
+        one_hot_NK = jax.nn.one_hot(codes.reshape(-1), self.num_codes)
+        counts_K = one_hot_NK.sum(0)
+        if self.ema and train and not self.is_initializing():
+            self._move(jax.lax.stop_gradient(z).reshape(-1, self.code_dim), one_hot_NK, counts_K)
+        share_K = counts_K / jnp.sum(counts_K)
+        return Quantized(
+            z=z + jax.lax.stop_gradient(quantized - z),
+            codes=codes,
+            loss=loss,
+            perplexity=jnp.exp(-jnp.sum(share_K * jnp.log(share_K + 1e-10))),
+            usage=jnp.mean(counts_K > 0),
+        )
+
+    def _move(self, z_ND: jax.Array, one_hot_NK: jax.Array, counts_K: jax.Array) -> None:
+        sums_KD = jnp.einsum("nk,nd->kd", one_hot_NK, z_ND, precision="highest")
+        size_K, ema_w_KD, embedding_KD = ema_update(
+            self.cluster_size.value, self.ema_w.value, counts_K, sums_KD, self.decay, self.epsilon
+        )
+        if self.restart_threshold > 0:
+            picks_K = jax.random.randint(self.make_rng("restart"), counts_K.shape, 0, z_ND.shape[0])
+            dead_K = size_K < self.restart_threshold
+            size_K = jnp.where(dead_K, 1.0, size_K)
+            ema_w_KD = jnp.where(dead_K[:, None], z_ND[picks_K], ema_w_KD)
+            embedding_KD = jnp.where(dead_K[:, None], z_ND[picks_K], embedding_KD)
+        self.cluster_size.value, self.ema_w.value, self.embedding.value = size_K, ema_w_KD, embedding_KD

@@ -1,0 +1,339 @@
+"""Swin-V2 backbone with a log-spaced continuous position bias ("RPE-2FC"), as published for AiT (AIT.md section 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_LOGIT_SCALE = math.log(100.0)
+trunc_normal = nn.initializers.truncated_normal(0.02)
+
+
+def relative_coordinates(window: int, pretrain_window: int) -> np.ndarray:
+    """Log-spaced offsets in a window: f32[(2w−1)², 2], (Δrow, Δcolumn) from −(w−1) to w−1, row-major.
+
+    Offsets are divided by (pretrain_window − 1) and multiplied by 8, then sign·log2(1 + |·|)/log2(8).
+    """
+    offsets = np.arange(-(window - 1), window, dtype=np.float32)
+    table = np.stack(np.meshgrid(offsets, offsets, indexing="ij"), -1).reshape(-1, 2)
+    table = table / max(pretrain_window - 1, 1) * 8
+    return (np.sign(table) * np.log2(1 + np.abs(table)) / np.log2(8)).astype(np.float32)
+
+
+def relative_index(window: int) -> np.ndarray:
+    """int32[w², w²]: the row of `relative_coordinates` of every (query, key) pair of a window."""
+    y, x = np.divmod(np.arange(window * window, dtype=np.int32), window)
+    rows = y[:, None] - y[None] + window - 1
+    columns = x[:, None] - x[None] + window - 1
+    return rows * (2 * window - 1) + columns
+
+
+def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
+    """f32[windows, w², w²] of 0 and −100: which pairs of a shifted window come from one region of the padded grid."""
+
+    def region(size):
+        index = np.arange(size)
+        return (index >= size - window).astype(np.int32) + (index >= size - shift)
+
+    regions = 3 * region(height)[:, None] + region(width)[None]
+    parts = partition(regions[None, :, :, None], window)[..., 0]
+    return np.where(parts[:, :, None] == parts[:, None], 0.0, -100.0).astype(np.float32)
+
+
+def partition(x_BHWC, window: int):
+    """[B,H,W,C] -> [B·windows, w², C]; H and W are multiples of the window."""
+    b, h, w, c = x_BHWC.shape
+    x = x_BHWC.reshape(b, h // window, window, w // window, window, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, window * window, c)
+
+
+def unpartition(x_NTC, window: int, height: int, width: int):
+    """The inverse of `partition`: [B·windows, w², C] -> [B,H,W,C]."""
+    x = x_NTC.reshape(-1, height // window, width // window, window, window, x_NTC.shape[-1])
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, x_NTC.shape[-1])
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the branch of whole examples with probability `rate`; rng stream `dropout`."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or self.rate == 0.0:
+            return x
+        keep = 1 - self.rate
+        mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return x * mask.astype(x.dtype) / keep
+
+
+class WindowAttention(nn.Module):
+    """Cosine attention inside windows, [N, w², C] -> [N, w², C]; logits, bias and softmax in float32."""
+
+    dim: int
+    num_heads: int
+    window: int
+    pretrain_window: int
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_NTC: jax.Array, mask: np.ndarray | None) -> jax.Array:
+        n, t, c = x_NTC.shape
+        heads = self.num_heads
+        q_bias = self.param("q_bias", nn.initializers.zeros, (c,), self.param_dtype)
+        v_bias = self.param("v_bias", nn.initializers.zeros, (c,), self.param_dtype)
+        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+        qkv = _dense(3 * c, "qkv", self, use_bias=False)(x_NTC) + bias.reshape(1, 1, -1)
+        q, k, v = jnp.moveaxis(qkv.reshape(n, t, 3, heads, c // heads), 2, 0)  # N T h d
+
+        init_scale = nn.initializers.constant(math.log(10.0))
+        log_scale_h = self.param("logit_scale", init_scale, (heads,), self.param_dtype)
+        scale_h = jnp.exp(jnp.minimum(log_scale_h.astype(jnp.float32), MAX_LOGIT_SCALE))
+        q = _unit(q) * scale_h.reshape(1, 1, -1, 1)
+        logits = jnp.einsum("nqhd,nkhd->nhqk", q, _unit(k), preferred_element_type=jnp.float32)
+        logits += self._position_bias()[None]
+        if mask is not None:
+            logits = logits.reshape(-1, mask.shape[0], heads, t, t) + mask[None, :, None]
+            logits = logits.reshape(n, heads, t, t)
+        weights = jax.nn.softmax(logits).astype(self.dtype)
+        out = jnp.einsum("nhqk,nkhd->nqhd", weights, v).reshape(n, t, c)
+        return _dense(c, "proj", self)(out)
+
+    def _position_bias(self) -> jax.Array:
+        """f32[heads, w², w²], in 0..16."""
+        table = jnp.asarray(relative_coordinates(self.window, self.pretrain_window))
+        hidden = nn.relu(nn.Dense(512, kernel_init=trunc_normal, param_dtype=self.param_dtype, name="rpe_mlp_0")(table))
+        per_offset = nn.Dense(
+            self.num_heads, use_bias=False, kernel_init=trunc_normal, param_dtype=self.param_dtype, name="rpe_mlp_2"
+        )(hidden)
+        bias = 16 * jax.nn.sigmoid(per_offset)
+        return jnp.transpose(bias[relative_index(self.window)], (2, 0, 1))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(x), -1, keepdims=True)
+    norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))  # padded keys are zero, where the root has no gradient
+    return x / (jnp.where(square > 0, norm, 0.0) + 5e-5)
+
+
+def _dense(features: int, name: str, parent: nn.Module, use_bias: bool = True) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        kernel_init=trunc_normal,
+        dtype=parent.dtype,
+        param_dtype=parent.param_dtype,
+        name=name,
+    )
+
+
+def _norm(name: str, parent: nn.Module):
+    layer = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, param_dtype=parent.param_dtype, name=name)
+    return lambda x: layer(x).astype(parent.dtype)
+
+
+class Mlp(nn.Module):
+    """Linear → exact GELU → dropout → Linear."""
+
+    hidden: int
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        y = jax.nn.gelu(_dense(self.hidden, "fc1", self)(x), approximate=False)
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        return _dense(x.shape[-1], "fc2", self)(y)
+
+
+class SwinBlock(nn.Module):
+    """Post-norm block on a map [B,H,W,C]: x += LN(window attention(x)); x += LN(MLP(x))."""
+
+    dim: int
+    num_heads: int
+    window: int
+    pretrain_window: int
+    shift: int
+    mlp_ratio: float
+    drop_path: float
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        drop_path = DropPath(self.drop_path)
+        x += drop_path(_norm("norm1", self)(self._attention(x)), train)
+        mlp = Mlp(int(self.dim * self.mlp_ratio), 0.0, self.dtype, self.param_dtype, name="mlp")
+        return x + drop_path(_norm("norm2", self)(mlp(x, train)), train)
+
+    def _attention(self, x: jax.Array) -> jax.Array:
+        _, h, w, _ = x.shape
+        ph, pw = (-(-size // self.window) * self.window for size in (h, w))
+        x = jnp.pad(x, ((0, 0), (0, ph - h), (0, pw - w), (0, 0)))
+        mask = None
+        if self.shift:
+            x = jnp.roll(x, (-self.shift, -self.shift), (1, 2))
+            mask = shift_mask(ph, pw, self.window, self.shift)
+        attention = WindowAttention(
+            self.dim, self.num_heads, self.window, self.pretrain_window, self.dtype, self.param_dtype, name="attn"
+        )
+        x = unpartition(attention(partition(x, self.window), mask), self.window, ph, pw)
+        if self.shift:
+            x = jnp.roll(x, (self.shift, self.shift), (1, 2))
+        return x[:, :h, :w]
+
+
+class PatchMerging(nn.Module):
+    """[B,H,W,C] -> [B,⌈H/2⌉,⌈W/2⌉,2C]: the four neighbours side by side, Linear, LayerNorm. Odd sizes are padded."""
+
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        _, h, w, c = x.shape
+        x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
+        corners = [x[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
+        x = _dense(2 * c, "reduction", self, use_bias=False)(jnp.concatenate(corners, -1))
+        return _norm("norm", self)(x)
+
+
+class PatchEmbed(nn.Module):
+    """[B,H,W,3] -> [B,H/p,W/p,C] by a strided convolution and LayerNorm."""
+
+    dim: int
+    patch: int
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        p = self.patch
+        proj = nn.Conv(
+            self.dim,
+            (p, p),
+            (p, p),
+            "VALID",
+            kernel_init=trunc_normal,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="proj",
+        )
+        return _norm("norm", self)(proj(x))
+
+
+class Stage(nn.Module):
+    """`depth` blocks of one width; odd blocks are shifted where `use_shift`."""
+
+    dim: int
+    depth: int
+    num_heads: int
+    window: int
+    pretrain_window: int
+    use_shift: bool
+    mlp_ratio: float
+    drop_paths: tuple[float, ...]
+    downsample: bool
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Returns (the stage's map, the next stage's input)."""
+        block_type = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
+        for j in range(self.depth):
+            x = block_type(
+                dim=self.dim,
+                num_heads=self.num_heads,
+                window=self.window,
+                pretrain_window=self.pretrain_window,
+                shift=self.window // 2 if self.use_shift and j % 2 else 0,
+                mlp_ratio=self.mlp_ratio,
+                drop_path=self.drop_paths[j],
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=f"blocks_{j}",
+            )(x, train)
+        following = PatchMerging(self.dtype, self.param_dtype, name="downsample")(x) if self.downsample else x
+        return x, following
+
+
+class SwinV2(nn.Module):
+    """Swin-V2 feature extractor: [B,H,W,3] -> maps of the stages in `out_stages`, each with its LayerNorm, float32.
+
+    Attributes:
+        embed_dim: width of the first stage; it doubles at every stage. B: 128, L: 192.
+        depths, num_heads, windows, pretrain_windows, use_shift: one entry a stage.
+        patch: side of a patch in pixels; stage s has stride patch·2^s.
+        drop_path: stochastic depth, rising linearly from 0 over all blocks.
+        out_stages: stages whose maps are returned; () means the last one.
+        remat: recompute every block in the backward pass.
+    """
+
+    embed_dim: int = 128
+    depths: Sequence[int] = (2, 2, 18, 2)
+    num_heads: Sequence[int] = (4, 8, 16, 32)
+    windows: Sequence[int] = (30, 30, 30, 15)
+    pretrain_windows: Sequence[int] = (12, 12, 12, 6)
+    use_shift: Sequence[bool] = (True, True, False, False)
+    patch: int = 4
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.0
+    out_stages: Sequence[int] = ()
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def __post_init__(self):
+        lengths = {name: len(getattr(self, name)) for name in _PER_STAGE}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"{', '.join(_PER_STAGE)} need one entry a stage each; their lengths are {lengths}")
+        for s, heads in enumerate(self.num_heads):
+            if self.embed_dim * 2**s % heads:
+                raise ValueError(f"num_heads[{s}]={heads} must divide the width of the stage, {self.embed_dim * 2**s}")
+        super().__post_init__()
+
+    @property
+    def stride(self) -> int:
+        """Pixels a position of the last stage's map."""
+        return self.patch * 2 ** (len(self.depths) - 1)
+
+    @nn.compact
+    def __call__(self, images_BHWC: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
+        _, h, w, _ = images_BHWC.shape
+        if h % self.patch or w % self.patch:
+            raise ValueError(f"an image of {h}×{w} must be a multiple of patch={self.patch} in both directions")
+        x = PatchEmbed(self.embed_dim, self.patch, self.dtype, self.param_dtype, name="patch_embed")(images_BHWC)
+        rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
+        last, maps = len(self.depths) - 1, []
+        for s, depth in enumerate(self.depths):
+            stage_map, x = Stage(
+                dim=self.embed_dim * 2**s,
+                depth=depth,
+                num_heads=self.num_heads[s],
+                window=self.windows[s],
+                pretrain_window=self.pretrain_windows[s],
+                use_shift=self.use_shift[s],
+                mlp_ratio=self.mlp_ratio,
+                drop_paths=tuple(rates[sum(self.depths[:s]) :][:depth]),
+                downsample=s < last,
+                remat=self.remat,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=f"layers_{s}",
+            )(x, train)
+            if s in (self.out_stages or (last,)):
+                maps.append(_norm(f"norm{s}", self)(stage_map).astype(jnp.float32))
+        return tuple(maps)
+
+
+_PER_STAGE = ("depths", "num_heads", "windows", "pretrain_windows", "use_shift")

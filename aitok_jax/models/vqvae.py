@@ -1,0 +1,286 @@
+"""The VQ-VAE of both tokenizers: depth maps and instance masks to a grid of codes and back (AIT.md section 2)."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from aitok_jax import losses
+from aitok_jax.models.quantizer import Quantized, Quantizer, nearest_codes
+
+CLASSIFICATION = "cross_entropy"
+OBJECTIVES = (*losses.RECONSTRUCTION, CLASSIFICATION)
+
+
+class TransposedConv(nn.Module):
+    """Transposed convolution, kernel 4, stride 2, padding 1, as one 2×2 convolution whose outputs interleave.
+
+    An even output row 2m sees input rows m−1 and m through kernel rows 3 and 1; an odd one, 2m+1, sees rows m and m+1
+    through kernel rows 2 and 0; columns likewise. The weight gradient is then that of an ordinary convolution.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        b, h, w, c = x_BHWC.shape
+        kernel_44CF = self.param("kernel", _fan_in_uniform, (4, 4, c, self.features), self.param_dtype)
+        bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        x, kernel, bias = (a.astype(self.dtype) for a in (x_BHWC, kernel_44CF, bias_F))
+        taps = kernel[jnp.array([3, 1, 2, 0])][:, jnp.array([3, 1, 2, 0])]
+        taps = taps.reshape(2, 2, 2, 2, c, self.features)  # row parity, row tap, column parity, column tap
+        taps = taps.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, c, 4 * self.features)
+        y = jax.lax.conv_general_dilated(x, taps, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = y.reshape(b, h + 1, w + 1, 2, 2, self.features)
+        rows = [
+            jnp.stack([y[:, p : p + h, q : q + w, p, q] for q in (0, 1)], axis=3)  # B H W 2 F
+            for p in (0, 1)
+        ]
+        y = jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, self.features)
+        return y + bias.reshape(1, 1, 1, -1)
+
+
+def _fan_in_uniform(key, shape, dtype=jnp.float32):
+    bound = 1 / math.sqrt(shape[0] * shape[1] * shape[2])
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class ResidualBlock(nn.Module):
+    """conv3×3 → ReLU → conv3×3 → ReLU → conv1×1, plus the input; or the batch-norm kind (AIT.md section 2)."""
+
+    features: int
+    batch_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        def conv(size, index, use_bias=True):
+            return _conv(self.features, size, f"net_{index}", self, use_bias=use_bias)
+
+        def norm(index):
+            return nn.BatchNorm(
+                not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name=f"net_{index}"
+            )
+
+        if self.batch_norm:
+            y = nn.relu(norm(1)(conv(3, 0, use_bias=False)(x)))
+            return nn.relu(x + norm(4)(conv(3, 3, use_bias=False)(y)))
+        y = nn.relu(conv(3, 0)(x))
+        y = nn.relu(conv(3, 2)(y))
+        return x + conv(1, 4)(y)
+
+
+def _conv(features: int, size: int, name: str, parent: nn.Module, stride: int = 1, use_bias: bool = True) -> nn.Conv:
+    return nn.Conv(
+        features,
+        (size, size),
+        (stride, stride),
+        padding=(size - 1) // 2,
+        use_bias=use_bias,
+        kernel_init=_fan_in_uniform,
+        dtype=parent.dtype,
+        param_dtype=parent.param_dtype,
+        name=name,
+    )
+
+
+class Encoder(nn.Module):
+    """[B,H,W,channels] -> f32[B, H/r, W/r, code_dim]. Layer numbers are those of the published weights."""
+
+    hidden: int
+    downsample: int
+    num_res_blocks: int
+    code_dim: int
+    batch_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        stages = int(math.log2(self.downsample))
+        for i in range(stages):
+            x = nn.relu(_conv(self.hidden * 2**i, 4, f"layers_{2 * i}", self, stride=2)(x))
+        top = 2 * stages
+        for i in range(self.num_res_blocks):
+            x = ResidualBlock(
+                x.shape[-1], self.batch_norm, self.dtype, self.param_dtype, name=f"layers_{top + i}"
+            )(x, train)
+        return _conv(self.code_dim, 1, f"layers_{top + self.num_res_blocks}", self)(x).astype(jnp.float32)
+
+
+class Decoder(nn.Module):
+    """[B,h,w,code_dim] -> f32[B, h·r, w·r, out_channels]."""
+
+    hidden: int
+    downsample: int
+    num_res_blocks: int
+    out_channels: int
+    batch_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: jax.Array, train: bool = False) -> jax.Array:
+        stages, widest = int(math.log2(self.downsample)), self.hidden * self.downsample // 2
+        x = nn.relu(_conv(widest, 1, "layers_0", self)(z))
+        for i in range(self.num_res_blocks):
+            x = ResidualBlock(widest, self.batch_norm, self.dtype, self.param_dtype, name=f"layers_{2 + i}")(x, train)
+        for i in range(stages):
+            name = f"layers_{2 + self.num_res_blocks + 2 * i}"
+            x = nn.relu(TransposedConv(widest // 2**i, self.dtype, self.param_dtype, name=name)(x))
+        last = f"layers_{2 + self.num_res_blocks + 2 * stages}"
+        return _conv(self.out_channels, 1, last, self)(x).astype(jnp.float32)
+
+
+@flax.struct.dataclass
+class Reconstruction:
+    """Of `VQVAE.__call__`: losses (f32 scalars), output f32[B,H,W,C] in the input's units, and the quantizer's part."""
+
+    loss: jax.Array
+    reconstruction_loss: jax.Array
+    output: jax.Array
+    quantized: Quantized
+
+
+class VQVAE(nn.Module):
+    """Tokenizer (encoder + nearest code) and detokenizer (code lookup + decoder).
+
+    Attributes:
+        hidden: width h0 after the first convolution; the last width is h0·downsample/2. (The published solver code
+            counts by the last width instead.)
+        downsample: r, a power of two; a map of H×W becomes H/r × W/r tokens.
+        num_res_blocks: R in the encoder and in the decoder.
+        num_codes, code_dim: K and D of the codebook.
+        channels: of input and output; the number of classes for `cross_entropy`.
+        objective: one of `OBJECTIVES`; `cross_entropy` takes int label maps [B,H,W], −1 where there is no label.
+        use_norm: the network sees 2(x/max_value − ½), and its output y means max_value(y/2 + ½).
+        soft_temperature: τ, multiplies the logits of soft tokens in `decode_soft`; 0.8 for depth, 1 for masks.
+        residual: 'conv' or 'batch_norm'.
+        ema, decay, epsilon, commitment_cost, restart_threshold: see `Quantizer`.
+    """
+
+    hidden: int = 16
+    downsample: int = 32
+    num_res_blocks: int = 2
+    num_codes: int = 128
+    code_dim: int = 512
+    channels: int = 1
+    objective: str = "mse_ignore_zero"
+    use_norm: bool = False
+    max_value: float = 10.0
+    soft_temperature: float = 0.8
+    residual: str = "conv"
+    ema: bool = True
+    decay: float = 0.99
+    epsilon: float = 1e-5
+    commitment_cost: float = 0.25
+    restart_threshold: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def __post_init__(self):
+        _check_option("objective", self.objective, OBJECTIVES)
+        _check_option("residual", self.residual, ("conv", "batch_norm"))
+        if self.downsample < 2 or self.downsample & (self.downsample - 1):
+            raise ValueError(f"downsample={self.downsample} must be a power of two of at least 2, for example 16 or 32")
+        super().__post_init__()
+
+    def setup(self):
+        shared = (self.hidden, self.downsample, self.num_res_blocks)
+        kind = (self.residual == "batch_norm", self.dtype, self.param_dtype)
+        self.encoder = Encoder(*shared, self.code_dim, *kind)
+        self.decoder = Decoder(*shared, self.channels, *kind)
+        self.quantizer = Quantizer(
+            self.num_codes,
+            self.code_dim,
+            self.ema,
+            self.decay,
+            self.epsilon,
+            self.commitment_cost,
+            self.restart_threshold,
+        )
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of a map of this size."""
+        r = self.downsample
+        if height % r or width % r:
+            raise ValueError(f"a map of {height}×{width} must be a multiple of downsample={r} in both directions")
+        return height // r, width // r
+
+    def encode_features(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """[B,H,W,C] in the map's units (int[B,H,W] labels for `cross_entropy`) -> f32[B,h,w,D] before quantizing."""
+        self.grid(*x.shape[1:3])
+        return self.encoder(self._normalize(x), train)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """[B,H,W,C] in the map's units -> int32[B,h,w] codes."""
+        return nearest_codes(self.encode_features(x), self.quantizer.table)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """int[B,h,w] codes -> f32[B,H,W,C] in the map's units (int32[B,H,W] labels for `cross_entropy`)."""
+        return self._denormalize(self.decoder(self.quantizer.lookup(codes)))
+
+    def decode_soft(self, logits: jax.Array) -> jax.Array:
+        """Soft detokenization: f32[B,h,w,K] logits -> softmax(τ·logits) @ codebook -> decoder -> f32[B,H,W,C]."""
+        probabilities = jax.nn.softmax(self.soft_temperature * logits.astype(jnp.float32))
+        return self.decode_probabilities(probabilities)
+
+    def decode_probabilities(self, probabilities: jax.Array) -> jax.Array:
+        """f32[B,h,w,K] probabilities of the codes -> map as `decode`."""
+        return self._denormalize(self.decoder(self.quantizer.expect(probabilities)))
+
+    def __call__(self, x: jax.Array, target: jax.Array | None = None, train: bool = False) -> Reconstruction:
+        """Reconstructs x [B,H,W,C]; the loss is taken against `target` (x itself where None), in the network's space.
+
+        In training the EMA codebook moves: pass mutable=['codebook', 'batch_stats'].
+        """
+        quantized = self.quantizer(self.encode_features(x, train), train)
+        output = self.decoder(quantized.z, train)
+        target = x if target is None else target
+        if self.objective == CLASSIFICATION:
+            reconstruction = losses.cross_entropy(output, target)
+        else:
+            reconstruction = losses.RECONSTRUCTION[self.objective](output, self._normalize(target))
+        return Reconstruction(reconstruction + quantized.loss, reconstruction, self._denormalize(output), quantized)
+
+    def _normalize(self, x: jax.Array) -> jax.Array:
+        if self.objective == CLASSIFICATION:
+            return jax.nn.one_hot(x, self.channels)  # a missing label, -1, is all zeros
+        return 2 * (x / self.max_value - 0.5) if self.use_norm else x
+
+    def _denormalize(self, y: jax.Array) -> jax.Array:
+        if self.objective == CLASSIFICATION:
+            return jnp.argmax(y, -1).astype(jnp.int32)
+        return self.max_value * (y / 2 + 0.5) if self.use_norm else y
+
+
+def mask_patches(rng: jax.Array, maps_BHWC: jax.Array, *, patch: int, ratio: float) -> jax.Array:
+    """Mask augmentation of the depth VQ-VAE: sets a share `ratio` (rounded up) of the patch×patch squares to zero.
+
+    Raises:
+        ValueError: where the maps are not a multiple of `patch`, or the ratio lies outside 0..1.
+    """
+    b, h, w, _ = maps_BHWC.shape
+    if h % patch or w % patch:
+        raise ValueError(f"maps of {h}×{w} must be a multiple of mask patch {patch}; change mask_patch or the map size")
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"mask_ratio={ratio} must lie in 0..1")
+    rows, columns = h // patch, w // patch
+    hidden = math.ceil(ratio * rows * columns)
+    order = jnp.argsort(jax.random.uniform(rng, (b, rows * columns)))
+    keep = jnp.argsort(order) >= hidden  # rank of every patch in a random order
+    keep = keep.reshape(b, rows, 1, columns, 1)
+    keep = jnp.broadcast_to(keep, (b, rows, patch, columns, patch)).reshape(b, h, w, 1)
+    return maps_BHWC * keep.astype(maps_BHWC.dtype)
+
+
+def _check_option(name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(valid)}")

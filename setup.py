@@ -1,0 +1,45 @@
+"""Installs aitok_jax: `pip install .` (CPU), `pip install ".[cuda]"` or `pip install ".[tpu]"`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "aitok_jax" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="aitok_jax",
+    version=VERSION,
+    description="All in Tokens in JAX: depth maps and instance masks as tokens, predicted by one soft-token solver",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["aitok_jax", "aitok_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "chex>=0.1.92",
+        "orbax-checkpoint>=0.12.8",
+        "ml-collections>=1.1.0",
+        "absl-py>=2.1",
+        "numpy>=2.0",
+        "pycocotools>=2.0.11",
+        "tensorflow-cpu>=2.21",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6.0",  # tensorflow-datasets 4.9.10 imports it without declaring it
+        "clu>=0.0.12",
+        "tensorboard>=2.20",  # clu's metric writers import it; tensorflow 2.21 no longer brings it
+        "pillow>=11.0",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "test": ["pytest>=8.0", "ruff>=0.12"],
+        "notebooks": ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29"],
+    },
+)

@@ -1,0 +1,24 @@
+"""Every test sees eight simulated CPU devices, and rank promotion is an error."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = Path(os.environ.get("AITOK_SHARED_DIR", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def nyu_frames():
+    """The folder of real RGB-D frames in the NYUv2 layout; tests that need it are skipped where it is absent."""
+    folder = SHARED / "data" / "depth" / "nyu_depth_v2"
+    if not folder.is_dir():
+        pytest.skip(f"no real frames in {folder}")
+    return folder
