@@ -95,7 +95,7 @@ class Quantizer(nn.Module):
     @property
     def table(self) -> jax.Array:
         """f32[K, D], the codebook."""
-        return self.embedding.value if self.ema else self.learned
+        return jnp.asarray(self.embedding.value if self.ema else self.learned)
 
     def lookup(self, codes: jax.Array) -> jax.Array:
         """int32[...] -> f32[..., D]."""

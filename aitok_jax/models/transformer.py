@@ -81,11 +81,11 @@ class EncoderBlock(nn.Module):
         self.norm1, self.norm2 = _norm(self), _norm(self)
         self.attn = Attention(self.dim, self.num_heads, self.dtype, self.param_dtype)
         self.mlp = Mlp(self.hidden, self.dropout, self.dtype, self.param_dtype)
-        self.path = DropPath(self.drop_path)
+        self.drop_path_layer = DropPath(self.drop_path)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x += self.path(self.attn(self.norm1(x)), train)
-        return x + self.path(self.mlp(self.norm2(x), train), train)
+        x += self.drop_path_layer(self.attn(self.norm1(x)), train)
+        return x + self.drop_path_layer(self.mlp(self.norm2(x), train), train)
 
 
 class DecoderBlock(nn.Module):
@@ -105,7 +105,7 @@ class DecoderBlock(nn.Module):
             Attention(self.dim, self.num_heads, self.dtype, self.param_dtype) for _ in range(2)
         )
         self.mlp = Mlp(self.hidden, self.dropout, self.dtype, self.param_dtype)
-        self.path = DropPath(self.drop_path)
+        self.drop_path_layer = DropPath(self.drop_path)
 
     def memory_keys_values(self, memory_BMD: jax.Array) -> KeyValue:
         return self.crossattn.keys_values(self.norm2(memory_BMD))
@@ -113,7 +113,7 @@ class DecoderBlock(nn.Module):
     def __call__(self, x_BTD: jax.Array, memory: KeyValue, train: bool) -> jax.Array:
         t = x_BTD.shape[1]
         causal = jnp.tril(jnp.ones((1, 1, t, t), bool))
-        x = x_BTD + self.path(self.attn(self.norm1(x_BTD), causal), train)
+        x = x_BTD + self.drop_path_layer(self.attn(self.norm1(x_BTD), causal), train)
         return self._rest(x, memory, train)
 
     def step(self, x_B1D: jax.Array, memory: KeyValue, cache: KeyValue, index: jax.Array) -> tuple[jax.Array, KeyValue]:
@@ -127,8 +127,8 @@ class DecoderBlock(nn.Module):
         return self._rest(x_B1D + self.attn.attend(normed, cache, seen), memory, False), cache
 
     def _rest(self, x: jax.Array, memory: KeyValue, train: bool) -> jax.Array:
-        x += self.path(self.crossattn.attend(self.norm2(x), memory), train)
-        return x + self.path(self.mlp(self.norm3(x), train), train)
+        x += self.drop_path_layer(self.crossattn.attend(self.norm2(x), memory), train)
+        return x + self.drop_path_layer(self.mlp(self.norm3(x), train), train)
 
 
 class Blocks(nn.Module):
@@ -185,7 +185,7 @@ class TokenTransformer(nn.Module):
         self.input_proj, self.proj = _dense(self.dim, self), _dense(self.dim, self)
         self.stem_ln, self.encout_ln, self.proj_ln, self.proj_mlp_ln, self.norm = (_norm(self) for _ in range(5))
         self.proj_mlp = Mlp(self.hidden, self.dropout, self.dtype, self.param_dtype)
-        self.path = DropPath(self.drop_path)
+        self.drop_path_layer = DropPath(self.drop_path)
 
         def table(name, *shape, init=trunc_normal):
             return self.param(name, init, shape, self.param_dtype)
@@ -206,7 +206,7 @@ class TokenTransformer(nn.Module):
         for block in self.encoder.blocks:
             x = block(x, train)
         x = self.proj_ln(self.proj(self.encout_ln(x))) + positions_1LD
-        return x + self.path(self.proj_mlp(self.proj_mlp_ln(x), train), train)
+        return x + self.drop_path_layer(self.proj_mlp(self.proj_mlp_ln(x), train), train)
 
     def memory_keys_values(self, memory_BMD: jax.Array) -> list[KeyValue]:
         """Keys and values of the cross-attention of every decoder layer; they do not depend on the step."""

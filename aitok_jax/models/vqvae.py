@@ -8,6 +8,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aitok_jax import losses
 from aitok_jax.models.quantizer import Quantized, Quantizer, nearest_codes
@@ -32,8 +33,9 @@ class TransposedConv(nn.Module):
         b, h, w, c = x_BHWC.shape
         kernel_44CF = self.param("kernel", _fan_in_uniform, (4, 4, c, self.features), self.param_dtype)
         bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-        x, kernel, bias = (a.astype(self.dtype) for a in (x_BHWC, kernel_44CF, bias_F))
-        taps = kernel[jnp.array([3, 1, 2, 0])][:, jnp.array([3, 1, 2, 0])]
+        x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x_BHWC, kernel_44CF, bias_F))
+        by_parity = np.array([3, 1, 2, 0])
+        taps = kernel[by_parity][:, by_parity]
         taps = taps.reshape(2, 2, 2, 2, c, self.features)  # row parity, row tap, column parity, column tap
         taps = taps.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, c, 4 * self.features)
         y = jax.lax.conv_general_dilated(x, taps, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))

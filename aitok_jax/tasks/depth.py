@@ -1,0 +1,194 @@
+"""Stage 2: depth from one image as a sequence of depth tokens (AIT.md sections 1, 4 and 6.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from aitok_jax import geometry, losses
+from aitok_jax.config_utils import build_dataclass
+from aitok_jax.models.bins import BinsTokenizer
+from aitok_jax.models.decode import Decoded, decode
+from aitok_jax.models.swin_v2 import SwinV2
+from aitok_jax.models.task_solver import TaskSolver
+from aitok_jax.models.transformer import TokenTransformer
+from aitok_jax.models.vqvae import VQVAE
+from aitok_jax.tasks.base import Batch, Tree
+from aitok_jax.vocab import Vocabulary
+
+TASK_ID = 2  # row of the solver's task and position tables: detection, instance segmentation, depth
+MIN_DEPTH = 1e-3  # metres; predictions are clipped here
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthTask:
+    """Predicts depth tokens from RGB in 0..1 and detokenizes them to metres.
+
+    The three uses of soft tokens are three switches: `soft_input`, `soft_detokenize` and `aux_weight`.
+
+    Attributes:
+        solver: backbone and token transformer.
+        tokenizer: the frozen detokenizer; its variables are model_state['depth_tokenizer'].
+        vocabulary: token windows; `num_depth_codes` is the tokenizer's K.
+        image_size: side of the square images the solver sees; longer images are cut in windows at test time.
+        soft_input: feed the probability-weighted embedding to the next step (not for the parallel model).
+        soft_detokenize: decode the probability-weighted codes instead of the most probable ones.
+        aux_weight: weight of the SiLog loss of the softly detokenized map; 0 turns it off.
+        loss_weight: of the whole loss (joint training: 0.2).
+        flip: average with the mirror image at test time.
+        eval_crop, max_depth: see `Task`.
+    """
+
+    solver: TaskSolver
+    tokenizer: VQVAE | BinsTokenizer
+    vocabulary: Vocabulary
+    image_size: int
+    soft_input: bool = True
+    soft_detokenize: bool = True
+    aux_weight: float = 1.0
+    loss_weight: float = 1.0
+    flip: bool = True
+    eval_crop: tuple[int, int, int, int] | None = None
+    max_depth: float = 10.0
+
+    def __post_init__(self):
+        _check_layout(self)
+
+    @property
+    def grid(self) -> int:
+        """Rows, and columns, of tokens."""
+        return self.image_size // self.tokenizer.downsample
+
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
+        solver_rng, tokenizer_rng = jax.random.split(rng)
+        tokens = jnp.zeros((batch["image"].shape[0], self.grid**2 - 1), jnp.int32)
+        params = self.solver.init(solver_rng, batch["image"], tokens, TASK_ID)["params"]
+        if isinstance(self.tokenizer, BinsTokenizer):
+            return params, {}
+        tokenizer = dict(self.tokenizer.init(tokenizer_rng, batch["depth"][..., None]))
+        frozen = {"params": tokenizer.pop("params"), "model_state": tokenizer}
+        return params, {"depth_tokenizer": frozen}
+
+    def loss(
+        self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
+        targets_BT = self.targets(model_state, batch["depth"])
+        logits_BTV = self.solver.apply(
+            {"params": params}, batch["image"], targets_BT[:, :-1], TASK_ID, train=True, rngs={"dropout": rng}
+        )
+        loss, metrics = self.token_loss(model_state, logits_BTV, targets_BT, batch["depth"])
+        return loss, (metrics, model_state)
+
+    def targets(self, model_state: Tree, depth_BHW: jax.Array) -> jax.Array:
+        """f32[B,H,W] metres -> int32[B,T] tokens of the whole vocabulary, row by row."""
+        codes_Bhw = self._tokenizer(model_state, "encode", depth_BHW[..., None])
+        return self.vocabulary.depth_codes.start + codes_Bhw.reshape(codes_Bhw.shape[0], -1)
+
+    def token_loss(
+        self, model_state: Tree, logits_BTV: jax.Array, targets_BT: jax.Array, depth_BHW: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy over the whole vocabulary, plus SiLog of the softly detokenized map (the auxiliary loss)."""
+        ce = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT))
+        metrics = {"cross_entropy": ce}
+        loss = ce
+        if self.aux_weight:
+            soft_BHW = self._soft_map(model_state, logits_BTV[..., self.vocabulary.depth_codes.slice])
+            metrics["silog"] = losses.silog(soft_BHW, depth_BHW, min_prediction=MIN_DEPTH)
+            loss += self.aux_weight * metrics["silog"]
+        return self.loss_weight * loss, metrics
+
+    def predict(self, params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """Depth of images f32[B,H,W,3] in 0..1 whose short side is `image_size`, by windows along the long side.
+
+        Returns:
+            depth f32[B,H,W] in metres, at least 1e-3; confidence f32[B,H,W] in 0..1, 1 minus the entropy of the token's
+            probabilities over log K, bilinear between the tokens: 1 where the solver is sure of one code, 0 where all
+            codes are equally probable.
+        """
+
+        def square(images_BHWC):
+            decoded = self.decode(params, images_BHWC)
+            if self.soft_detokenize:
+                depth = self._soft_map(model_state, decoded.logits)
+            else:
+                depth = self._tokenizer(model_state, "decode", self._to_grid(decoded.tokens))[..., 0]
+            return {"depth": depth, "confidence": self._confidence(decoded.logits)}
+
+        return geometry.predict_windows(square, batch["image"], flip=self.flip, min_value=MIN_DEPTH)
+
+    def decode(self, params: Tree, images_BHWC: jax.Array) -> Decoded:
+        """Greedy depth tokens of square images [B,S,S,3], relative to the depth window, and their logits."""
+        memory = self.solver.apply({"params": params}, images_BHWC, method="memory")
+        return decode(
+            self.solver.transformer,
+            params["transformer"],
+            memory,
+            task=TASK_ID,
+            length=self.grid**2,
+            window=self.vocabulary.depth_codes,
+            soft_input=self.soft_input,
+        )
+
+    def _tokenizer(self, model_state: Tree, method: str, *args: jax.Array) -> jax.Array:
+        frozen = model_state.get("depth_tokenizer", {"params": {}, "model_state": {}})
+        return self.tokenizer.apply({"params": frozen["params"], **frozen["model_state"]}, *args, method=method)
+
+    def _soft_map(self, model_state: Tree, logits_BTK: jax.Array) -> jax.Array:
+        return self._tokenizer(model_state, "decode_soft", self._to_grid(logits_BTK))[..., 0]
+
+    def _to_grid(self, x_BT: jax.Array) -> jax.Array:
+        return x_BT.reshape(x_BT.shape[0], self.grid, self.grid, *x_BT.shape[2:])
+
+    def _confidence(self, logits_BTK: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(logits_BTK)
+        entropy_BT = -jnp.sum(jnp.exp(log_p) * log_p, -1)
+        sure_Bhw = 1 - self._to_grid(entropy_BT) / jnp.log(logits_BTK.shape[-1])
+        shape = (sure_Bhw.shape[0], self.image_size, self.image_size)
+        return jnp.clip(jax.image.resize(sure_Bhw, shape, "bilinear"), 0.0, 1.0)
+
+
+def _check_layout(task: DepthTask) -> None:
+    size, backbone, transformer = task.image_size, task.solver.backbone, task.solver.transformer
+    for name, multiple in (("tokenizer.downsample", task.tokenizer.downsample), ("backbone stride", backbone.stride)):
+        if size % multiple:
+            raise ValueError(
+                f"image_size={size} must be a multiple of the {name}, {multiple}; the nearest sizes are "
+                f"{size // multiple * multiple} and {(size // multiple + 1) * multiple}"
+            )
+    if task.grid**2 > transformer.max_length:
+        raise ValueError(
+            f"{task.grid**2} tokens of an image of {size} pixels are more than max_length={transformer.max_length}"
+        )
+    if task.tokenizer.num_codes != task.vocabulary.num_depth_codes:
+        raise ValueError(
+            f"tokenizer.num_codes={task.tokenizer.num_codes} must equal vocabulary.num_depth_codes="
+            f"{task.vocabulary.num_depth_codes}"
+        )
+    if transformer.vocab_size != task.vocabulary.size:
+        raise ValueError(f"vocab_size={transformer.vocab_size} must equal the vocabulary's {task.vocabulary.size} tokens")
+    if transformer.parallel and task.soft_input:
+        raise ValueError("the parallel model has no step to feed a soft token to: set soft_input=False")
+
+
+def build(fields: Mapping) -> DepthTask:
+    """From `config.task`: `backbone`, `transformer`, `tokenizer` and `vocabulary` hold the fields of their classes.
+
+    `tokenizer.kind` is 'vqvae' (default) or 'bins', the comparison tokenizer without training.
+    """
+    fields = dict(fields)
+    tokenizer = dict(fields.pop("tokenizer"))
+    kinds = {"vqvae": VQVAE, "bins": BinsTokenizer}
+    kind = tokenizer.pop("kind", "vqvae")
+    if kind not in kinds:
+        raise ValueError(f"tokenizer.kind={kind!r} is not one of {', '.join(kinds)}")
+    tokenizer = build_dataclass(kinds[kind], tokenizer)
+    vocabulary = build_dataclass(Vocabulary, {"num_depth_codes": tokenizer.num_codes, **fields.pop("vocabulary", {})})
+    transformer = build_dataclass(TokenTransformer, {"vocab_size": vocabulary.size, **fields.pop("transformer")})
+    solver = TaskSolver(build_dataclass(SwinV2, fields.pop("backbone")), transformer)
+    return build_dataclass(
+        DepthTask, {**fields, "solver": solver, "tokenizer": tokenizer, "vocabulary": vocabulary}
+    )

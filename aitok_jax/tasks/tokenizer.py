@@ -1,0 +1,83 @@
+"""Stage 1: a VQ-VAE that turns depth maps into tokens and back (AIT.md section 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from aitok_jax.config_utils import build_dataclass
+from aitok_jax.models.vqvae import VQVAE, mask_patches
+from aitok_jax.tasks.base import Batch, Tree
+
+MUTABLE = ["codebook", "batch_stats"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthTokenizerTask:
+    """Reconstructs depth maps; 0 means no annotation and never counts in the loss.
+
+    Attributes:
+        tokenizer: the VQ-VAE.
+        image_size: side of the training maps in pixels.
+        mask_ratio, mask_patch: mask augmentation: this share of the patches of the input is set to zero, and the loss is
+            taken against the unmasked map. 0 turns it off.
+        eval_crop, max_depth: see `Task`.
+    """
+
+    tokenizer: VQVAE
+    image_size: int
+    mask_ratio: float = 0.5
+    mask_patch: int = 16
+    eval_crop: tuple[int, int, int, int] | None = None
+    max_depth: float = 10.0
+
+    def __post_init__(self):
+        self.tokenizer.grid(self.image_size, self.image_size)
+        if self.mask_ratio and self.image_size % self.mask_patch:
+            raise ValueError(
+                f"image_size={self.image_size} must be a multiple of mask_patch={self.mask_patch}; "
+                "change one of them, or set mask_ratio=0"
+            )
+
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
+        variables = self.tokenizer.init(rng, batch["depth"][..., None])
+        return variables.pop("params"), variables
+
+    def loss(
+        self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
+        mask_rng, restart_rng = jax.random.split(rng)
+        target = batch["depth"][..., None]
+        maps = target
+        if self.mask_ratio:
+            maps = mask_patches(mask_rng, target, patch=self.mask_patch, ratio=self.mask_ratio)
+        result, new_state = self.tokenizer.apply(
+            {"params": params, **model_state}, maps, target, train=True, mutable=MUTABLE, rngs={"restart": restart_rng}
+        )
+        metrics = {
+            "reconstruction": result.reconstruction_loss,
+            "commitment": result.quantized.loss,
+            "perplexity": result.quantized.perplexity,
+            "codebook_usage": result.quantized.usage,
+        }
+        return result.loss, (metrics, {**model_state, **new_state})
+
+    def predict(self, params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """Tokenizes and detokenizes f32[B,H,W] metres of any size: `depth` f32[B,H,W] metres, `codes` int32[B,h,w]."""
+        depth = batch["depth"]
+        _, height, width = depth.shape
+        r = self.tokenizer.downsample
+        padded = jnp.pad(depth, ((0, 0), (0, -height % r), (0, -width % r)))[..., None]
+        variables = {"params": params, **model_state}
+        codes = self.tokenizer.apply(variables, padded, method="encode")
+        decoded = self.tokenizer.apply(variables, codes, method="decode")
+        return {"depth": decoded[:, :height, :width, 0], "codes": codes}
+
+
+def build(fields: Mapping) -> DepthTokenizerTask:
+    """From `config.task`; `tokenizer` holds the fields of `VQVAE`."""
+    fields = dict(fields)
+    return build_dataclass(DepthTokenizerTask, {**fields, "tokenizer": build_dataclass(VQVAE, fields["tokenizer"])})

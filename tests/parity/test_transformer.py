@@ -1,0 +1,134 @@
+"""Token transformer against the published system: teacher forcing, gradients, decoding of depth tokens."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aitok_jax.convert import rules
+from aitok_jax.models import decode
+from aitok_jax.models.transformer import TokenTransformer, sine_positions
+from aitok_jax.vocab import Vocabulary
+
+pytestmark = cases.find("transformer_*")
+DEPTH = 2
+
+
+def vocabulary(hp) -> Vocabulary:
+    ours = Vocabulary(hp["num_bins"], hp["num_classes"], hp["num_embeddings"], hp["num_embeddings_depth"])
+    return Vocabulary(*[getattr(ours, f) for f in ("num_bins", "num_classes", "num_mask_codes", "num_depth_codes")],
+                      num_spare=hp["num_vocal"] - ours.size)
+
+
+@pytest.fixture
+def case(name):
+    return cases.load(name)
+
+
+@pytest.fixture
+def params(case):
+    sd = case.state_dict()
+    return rules.from_state_dict({f"transformer.{k}": v for k, v in sd.items()})["params"]["transformer"]
+
+
+def build(case, params, parallel):
+    hp = case.hp
+    return TokenTransformer(
+        dim=hp["d_model"],
+        num_heads=hp["nhead"],
+        hidden=hp["dim_feedforward"],
+        encoder_layers=hp["num_encoder_layers"],
+        decoder_layers=hp["num_decoder_layers"],
+        vocab_size=hp["num_vocal"],
+        max_length=params["dec_embed"].shape[1],
+        num_tasks=params["dec_embed"].shape[0],
+        parallel=parallel,
+        drop_path=0.0,
+        dropout=0.0,
+    )
+
+
+def test_vocabulary_offsets(case):
+    offsets, vocab = case.hp["offsets"], vocabulary(case.hp)
+    assert vocab.classes.start == offsets["class_offset"]
+    assert vocab.end_of_sequence == offsets["special_offset"]
+    assert vocab.noise == offsets["noise_label"]
+    assert vocab.mask_codes.start == offsets["mask_offset"]
+    assert vocab.depth_codes.start == offsets["depth_offset"]
+    assert vocab.depth_codes.stop == offsets["enddepth_offset"]
+
+
+def test_sine_positions(case):
+    table = case.state_dict()["enc_embed"]
+    _, h, w, d = table.shape
+    cases.check(sine_positions(h, w, d).reshape(table.shape), table)
+
+
+def test_teacher_forcing_and_gradients(case, params):
+    model = build(case, params, parallel=False)
+    src, seq, task = cases.nhwc(case["in/src_big"]), case["in/tf_seq"], case["in/tf_task"]
+
+    def loss(params, src):
+        logits = model.apply({"params": params}, src, seq, task)
+        return jnp.mean(logits * case["in/tf_weight"]), logits
+
+    (_, logits), (grads, src_grad) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, src)
+    cases.check(logits, case["out/tf_logits"])
+    memory = model.apply({"params": params}, src, method="encode")
+    cases.check(memory, case["out/tf_memory"])
+    cases.check(src_grad, cases.nhwc(case["out/tf_grad/src"]), 1e-3)
+    for key in case.keys("out/tf_grad/"):
+        name = key.removeprefix("out/tf_grad/")
+        if name != "src":
+            path = rules.locate(f"transformer.{name}")
+            cases.check(cases.leaf(grads, path[2:]), rules.to_layout(path, case[key]), 1e-3)
+
+
+def test_two_sequences_of_one_small_map(case, params):
+    src = np.repeat(cases.nhwc(case["in/src_small"][:1]), len(case["in/tf2_seq"]), 0)
+    model = build(case, params, parallel=False)
+    cases.check(model.apply({"params": params}, src, case["in/tf2_seq"], case["in/tf2_task"]), case["out/tf2_logits"])
+
+
+def test_parallel_teacher_forcing(case, params):
+    model = build(case, params, parallel=True)
+    src = cases.nhwc(case["in/src_small"])
+    cases.check(model.apply({"params": params}, src, case["in/tf2_seq"], DEPTH), case["out/tfpar_logits"])
+
+
+def decode_depth(case, params, *, parallel=False, **options):
+    model = build(case, params, parallel)
+    memory = model.apply(
+        {"params": params}, model.apply({"params": params}, cases.nhwc(case["in/src_small"]), method="encode"),
+        method="memory_keys_values",
+    )
+    window = vocabulary(case.hp).depth_codes
+    length = int(case["in/depth_pred_len"])
+    run = jax.jit(
+        lambda p, m: decode.decode(model, p, m, task=DEPTH, length=length, window=window, **options)
+    )
+    return run(params, memory), window
+
+
+@pytest.mark.parametrize(
+    ("tag", "options"),
+    [
+        ("soft", {"soft_input": True}),
+        ("hard", {"soft_input": False}),
+        ("par", {"soft_input": False, "parallel": True}),
+    ],
+)
+def test_depth_decoding(case, params, tag, options):
+    decoded, window = decode_depth(case, params, **options)
+    cases.check(decoded.logits, case[f"out/depth_{tag}_logits"])
+    cases.check(decoded.logits, case[f"out/depth_{tag}_steplogits"][..., window.slice])
+    np.testing.assert_array_equal(decoded.tokens, case[f"out/depth_{tag}_tokens"])
+
+
+def test_nucleus(case):
+    probabilities = jax.nn.softmax(jnp.asarray(case["out/nucleus_depth_logits"]))
+    kept = decode.nucleus(probabilities, case.hp["nucleus_top_p"])
+    cases.check(kept, case["out/nucleus_depth_probs"])
+    np.testing.assert_array_equal(kept.argmax(-1), case["out/nucleus_depth_tokens"])
+    np.testing.assert_array_equal((kept > 0).sum(-1).max(0), case.notes["nucleus_kept"])
