@@ -1,0 +1,145 @@
+"""Configurations: typed argument strings, dataclasses from configs, and readable errors for unknown keys."""
+
+import dataclasses
+import difflib
+import graphlib
+import json
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """The arguments after the colon of `--config=configs/x.py:backbone=swin_l,parallel`.
+
+    Args:
+      arg: comma-separated `name=value`, or a bare `name` for a boolean that becomes True; None or '' for none.
+      **defaults: every valid name with its default, whose type (bool, int, float or str) the value takes.
+
+    Returns:
+      A ConfigDict with all names of `defaults`.
+
+    Raises:
+      ValueError: unknown name, or a value that is not of the default's type.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        name, given, text = (piece.strip() for piece in part.partition("="))
+        if name not in defaults:
+            raise ValueError(f"config argument {unknown(name, defaults)}")
+        values[name] = _parse_value(name, text if given else None, type(defaults[name]))
+    return ConfigDict(values)
+
+
+def _parse_value(name: str, text: str | None, kind: type) -> Any:
+    if kind is bool:
+        words = {None: True, "true": True, "1": True, "false": False, "0": False}
+        key = text.lower() if text is not None else None
+        if key in words:
+            return words[key]
+    elif text is not None:
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    example = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a word")
+    raise ValueError(f"config argument {name}={text or ''} must be {example}, as in {name}={kind(1)}")
+
+
+def unknown(name: str, valid: Iterable[str]) -> str:
+    """'NAME' is unknown; did you mean 'NEAREST'? Valid: ... - the end of an error message."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return f"{name!r} is unknown;{hint} valid: {', '.join(valid) or '(none)'}"
+
+
+def unknown_flag(argv: Iterable[str], config: ConfigDict) -> str:
+    """The message for the first '--config.KEY' of the command line that the config lacks; '' where there is none."""
+    leaves = list(flatten(config))
+    valid = {".".join(leaf.split(".")[:n]) for leaf in leaves for n in range(1, leaf.count(".") + 2)}
+    for argument in argv:
+        key = re.match(r"--?config\.([^=]+)", argument)
+        if key and re.sub(r"\[.*", "", key[1]) not in valid:
+            near = difflib.get_close_matches(key[1], leaves, n=1, cutoff=0.0)
+            return f"--config.{key[1]} is unknown; did you mean --config.{near[0]}?"
+    return ""
+
+
+def build_dataclass(cls: type, config: Mapping) -> Any:
+    """An instance of the dataclass `cls` with the entries of `config` as its fields.
+
+    Nested mappings become nested dataclasses where the field's type is one, lists become tuples, and the entry `name`
+    (which chose the class) is left out where the class has no such field.
+
+    Raises:
+      ValueError: an unknown key (names the nearest valid one), or a field without default that is not given.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name != "parent"}
+    types = typing.get_type_hints(cls)
+    values = {}
+    for key, value in config.items():
+        if key not in fields:
+            if key == "name":
+                continue
+            raise ValueError(f"{cls.__name__}: option {unknown(key, fields)}")
+        values[key] = _field_value(types[key], value)
+    absent = dataclasses.MISSING
+    missing = [n for n, f in fields.items() if n not in values and f.default is absent and f.default_factory is absent]
+    if missing:
+        raise ValueError(f"{cls.__name__}: {', '.join(missing)} must be given")
+    return cls(**values)
+
+
+def _field_value(kind: Any, value: Any) -> Any:
+    if isinstance(value, Mapping | ConfigDict):
+        nested = [k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)]
+        return build_dataclass(nested[0], value) if nested else dict(value.items())
+    return _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def to_json(config: ConfigDict | Mapping) -> str:
+    """Indented JSON of a config; tuples become lists."""
+    plain = config.to_dict() if isinstance(config, ConfigDict) else config
+    return json.dumps(plain, indent=2)
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """{'task.name': value, ...}: the leaves of a nested mapping under dotted names."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def stage_order(stages: ConfigDict) -> list[str]:
+    """The names of a config's stages: a stage that mentions '{workdir}/OTHER' comes after OTHER."""
+    mentioned = {name: to_json(stage) for name, stage in stages.items()}
+    needs = {
+        name: [other for other in stages if other != name and re.search(rf"{{workdir}}/{other}\b", mentioned[name])]
+        for name in stages
+    }
+    return list(graphlib.TopologicalSorter(needs).static_order())
+
+
+def format_workdir(config: ConfigDict, workdir: str) -> ConfigDict:
+    """A copy of the config in which every '{workdir}' inside a string (also inside lists) is replaced."""
+    return ConfigDict(_format(config.to_dict(), workdir)).lock()
+
+
+def _format(value: Any, workdir: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _format(item, workdir) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_format(item, workdir) for item in value)
+    return value.replace("{workdir}", workdir) if isinstance(value, str) else value

@@ -1,0 +1,235 @@
+"""NYUv2 and folders in its layout: `<scene>/rgb_NNNNN.jpg` with `sync_depth_NNNNN.png` (AIT.md section 8)."""
+
+import io
+import struct
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+TRAIN_COUNT, TEST_COUNT = 24231, 654  # pairs of the published lists
+
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class DataError(ValueError):
+    """A file of a data set is broken or does not fit; the message names the file and says what to do."""
+
+
+READ_ERRORS = (DataError, FileNotFoundError)  # what `NyuSource.read` raises for a broken example
+
+
+class NyuSource:
+    """Random access to pairs of an RGB image and a depth map.
+
+    Args:
+      root: the data folder.
+      list_file: a text file (absolute, or relative to `root`) with one pair a line, `/scene/rgb_x.jpg
+        /scene/sync_depth_x.png`, paths relative to `root/subfolder`; further columns (a focal length) are ignored.
+        '' looks for `rgb_*.jpg` under `root/subfolder` instead, sorted, leaving out `official_splits` of `root`.
+      subfolder: the folder inside `root` that the pairs are relative to ('official_splits/test' for the test part).
+      on_error: 'raise' refuses a broken example; 'skip' lets `read_readable` (and so the pipeline) go on without it.
+      cache: keep decoded examples in memory (about 2.2 MB for a 640x480 pair).
+      images: False reads depth only and never opens an image.
+      expected_count: the number of pairs that there must be (24231 and 654 for the published lists); 0 = any.
+
+    Attributes:
+      names: list[str], the path of each image relative to `root/subfolder`.
+      skipped: set[str], names left out so far because they are broken (on_error='skip').
+
+    Raises:
+      FileNotFoundError: no such folder or list.
+      DataError: an empty folder or list, a malformed line, or another count than expected.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        list_file: str = "",
+        *,
+        subfolder: str = "",
+        on_error: str = "raise",
+        cache: bool = False,
+        images: bool = True,
+        expected_count: int = 0,
+    ):
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'")
+        self.on_error, self.images, self.skipped = on_error, images, set()
+        self._cache = {} if cache else None
+        self._lock = threading.Lock()
+        self._folder = Path(root) / subfolder
+        if not self._folder.is_dir():
+            raise FileNotFoundError(
+                f"{self._folder}: no such data folder; set data.root (and the subfolder) to the folder of the scenes"
+            )
+        origin = Path(root) / list_file if list_file else self._folder
+        pairs = self._from_list(origin) if list_file else self._from_folder(leave_out_test=not subfolder)
+        if not pairs:
+            raise DataError(
+                f"{origin}: no pairs found; "
+                + ("the list is empty" if list_file else "expected <scene>/rgb_*.jpg with <scene>/sync_depth_*.png")
+            )
+        if expected_count and len(pairs) != expected_count:
+            raise DataError(
+                f"{origin}: {len(pairs)} pairs, but expected_count={expected_count}; use the published list files "
+                f"({TRAIN_COUNT} pairs to train, {TEST_COUNT} to test), or set the expected count to 0"
+            )
+        self.names = [image for image, _ in pairs]
+        self._depth_names = [depth for _, depth in pairs]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        """Decodes one example: `image` uint8[H,W,3] RGB, `depth` float32[H,W] metres (0 = missing).
+
+        Raises FileNotFoundError or DataError (whatever `on_error` says) where the example is broken.
+        """
+        if self._cache is not None and index in self._cache:
+            return dict(self._cache[index])
+        depth_path = self._folder / self._depth_names[index]
+        example = {"depth": read_depth(depth_path)}
+        if self.images:
+            image_path = self._folder / self.names[index]
+            example["image"] = read_image(image_path)
+            if example["image"].shape[:2] != example["depth"].shape:
+                raise DataError(
+                    f"{image_path} is {_size(example['image'])} but {depth_path} is {_size(example['depth'])}; "
+                    "image and depth must have one size: restore the pair or take it off the list"
+                )
+        if self._cache is not None:
+            for array in example.values():
+                array.setflags(write=False)
+            self._cache[index] = example
+        return dict(example)
+
+    def read_readable(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
+        """Like `read`, with the index that was read: under on_error='skip' the first readable one of index, index+1, …
+
+        Every broken example is logged once with the reason and added to `skipped`.
+        """
+        if self.on_error == "raise":
+            return index, self.read(index)
+        reason = None
+        for candidate in (*range(index, len(self)), *range(index)):
+            if self.names[candidate] in self.skipped:
+                continue
+            try:
+                return candidate, self.read(candidate)
+            except READ_ERRORS as error:
+                reason = error
+                self._skip(self.names[candidate], error)
+        raise DataError(f"{self._folder}: all {len(self)} examples are broken; see the log for each") from reason
+
+    def _skip(self, name: str, reason: object) -> None:
+        with self._lock:  # the pipeline reads in threads
+            known = name in self.skipped
+            self.skipped.add(name)
+        if not known:
+            logging.warning("skipped %s: %s", name, reason)
+
+    def _from_list(self, path: Path) -> list[tuple[str, str]]:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such list file; give its absolute path, or one relative to data.root")
+        pairs = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            columns = line.split()
+            if not columns:
+                continue
+            if len(columns) < 2 or columns[1] == "None":
+                problem = (
+                    f"{path}:{number}: no depth map in {line!r}; expected '/scene/rgb_x.jpg /scene/sync_depth_x.png'"
+                )
+                if self.on_error == "raise":
+                    raise DataError(f"{problem}; take the line off the list, or set on_error='skip'")
+                self._skip(columns[0].lstrip("/"), problem)
+                continue
+            pairs.append((columns[0].lstrip("/"), columns[1].lstrip("/")))
+        return pairs
+
+    def _from_folder(self, leave_out_test: bool) -> list[tuple[str, str]]:
+        pairs = []
+        for image in sorted(self._folder.rglob("rgb_*.jpg")):
+            name = image.relative_to(self._folder)
+            if leave_out_test and name.parts[0] == "official_splits":
+                continue
+            depth = name.with_name("sync_depth_" + name.stem.removeprefix("rgb_") + ".png")
+            if not (self._folder / depth).is_file():
+                if self.on_error == "raise":
+                    raise FileNotFoundError(
+                        f"{self._folder / depth}: missing depth map of {name}; restore it, or set on_error='skip'"
+                    )
+                self._skip(name.as_posix(), "it has no depth map")
+                continue
+            pairs.append((name.as_posix(), depth.as_posix()))
+        return pairs
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """uint8[H,W,3] RGB from an image file; DataError where it is broken, FileNotFoundError where it is missing."""
+    return np.array(_decoded(path).convert("RGB"))
+
+
+def read_depth(path: str | Path) -> np.ndarray:
+    """float32[H,W] metres (0 = missing) from a 16-bit grey PNG in millimetres; errors as in `read_image`."""
+    image = _decoded(path)
+    if not (image.mode == "I" or image.mode.startswith("I;16")):
+        raise DataError(
+            f"{path}: depth must be a 16-bit grey PNG in millimetres, but Pillow reads mode {image.mode!r}; "
+            "write it again with 16 bits (an 8-bit or colour file is a picture of depth, not depth)"
+        )
+    return np.asarray(image).astype(np.float32) / np.float32(1000)
+
+
+def mean_depth_map(source: NyuSource, limit: int = 0) -> np.ndarray:
+    """float32[H,W] metres: at each pixel the mean of the annotated (> 0) depths, the baseline that sees no image.
+
+    Pixels that no example annotates get the mean of all annotated values.
+
+    Args:
+      source: NyuSource or any source whose maps have one size; broken examples are left out under on_error='skip'.
+      limit: use the first `limit` examples; 0 = all.
+    """
+    total = count = np.float64(0)
+    for index in range(min(limit, len(source)) if limit else len(source)):
+        try:
+            depth = source.read(index)["depth"].astype(np.float64)
+        except READ_ERRORS:
+            if getattr(source, "on_error", "raise") == "raise":
+                raise
+            continue
+        if np.ndim(total) and depth.shape != total.shape:
+            raise DataError(
+                f"{source.names[index]} is {_size(depth)} but the maps before it are {_size(total)}; "
+                "a mean depth map needs maps of one size"
+            )
+        total, count = total + depth, count + (depth > 0)
+    if not np.any(count):
+        raise DataError("no annotated pixel in any depth map; a mean depth map needs some depth > 0")
+    return np.where(count > 0, total / np.maximum(count, 1), total.sum() / count.sum()).astype(np.float32)
+
+
+def _size(array: np.ndarray) -> str:
+    return f"{array.shape[0]}x{array.shape[1]}"
+
+
+def _decoded(path: str | Path) -> Image.Image:
+    """Decodes an image whole, so that a truncated file is found here and named."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: missing file; restore it, take it off the list, or set on_error='skip'"
+        ) from None
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except _DECODE_ERRORS as error:
+        raise DataError(
+            f"{path}: broken image file ({error}); restore it, take it off the list, or set on_error='skip'"
+        ) from error
+    return image

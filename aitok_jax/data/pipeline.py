@@ -1,0 +1,245 @@
+"""Batches from a source: tf.data reads, transforms and batches; the step number is the whole state of the data.
+
+Position p = step * batch_size + slot. Its epoch is p // n, its example the stateless shuffle of p % n keyed by
+(seed, epoch), and its augmentation is keyed by (seed, p). So the batch of a step is a pure function of (seed, step),
+on any number of hosts, and resuming is starting at a step.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from aitok_jax.data import nyu, transforms
+
+Batch = dict[str, np.ndarray]
+
+RECIPES = ("tokenizer", "solver")
+_PREFETCH = 2  # batches
+
+
+class Source(Protocol):
+    """Random access to examples on the host.
+
+    Optional: `images` = False where `read` gives no image; `read_readable(index) -> (index used, example)` to go on
+    past broken examples.
+    """
+
+    names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        """`image` uint8[H,W,3] RGB and `depth` float32[H,W] metres."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: sources to train and evaluate on, with their transforms."""
+
+    train: Source
+    eval: Source
+    train_transform: transforms.Transform
+    eval_transform: transforms.Transform
+
+
+def train_batches(
+    source: Source,
+    transform: Callable[..., dict[str, Any]],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Endless shuffled batches from `start_step` on; this host's share of each.
+
+    Args:
+      source: every example is read once an epoch; a broken one is an error, or the next readable one takes its place
+        where the source says so (on_error='skip').
+      transform: `transform(example, seed)` in TensorFlow ops, which brings all examples to one size.
+      batch_size: examples of all hosts together; host i gets slots [i*B/P, (i+1)*B/P).
+
+    Returns:
+      An iterator of dicts: what the transform gives, batched, with `mask` float32[B/P] = 1 and `id` int32[B/P].
+      Arrays may be read-only. The source's own exceptions come out of `next` as they were raised.
+    """
+    local = _local_batch(source, batch_size, process_index, process_count)
+    if start_step < 0:
+        raise ValueError(f"start_step={start_step} must not be negative")
+    tf = _tensorflow()
+    size, key = len(source), seed & 0x7FFFFFFF
+
+    def place(count):
+        position = _position(count, local, batch_size, process_index)
+        epoch = tf.stack([tf.constant(key, tf.int64), position // size])
+        index = tf.random.experimental.index_shuffle(position % size, epoch, tf.constant(size - 1, tf.int64))
+        return position, index, tf.constant(True)
+
+    counts = tf.data.Dataset.range(start_step * local, np.iinfo(np.int64).max)
+    return _batches(counts, place, source, transform, key, local, replace_broken=True)
+
+
+def eval_batches(
+    source: Source,
+    transform: Callable[..., dict[str, Any]],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Every example once, in order; this host's share of each batch.
+
+    The last batch is filled up by example 0 with `mask` 0, so that all hosts run the same number of steps. A broken
+    example is an error, or has `mask` 0 where the source skips (on_error='skip'). Otherwise as `train_batches`.
+    """
+    local = _local_batch(source, batch_size, process_index, process_count)
+    tf = _tensorflow()
+
+    def place(count):
+        position = _position(count, local, batch_size, process_index)
+        real = position < len(source)
+        return position, tf.where(real, position, 0), real
+
+    counts = tf.data.Dataset.range(-(-len(source) // batch_size) * local)
+    return _batches(counts, place, source, transform, 0, local, replace_broken=False)
+
+
+def build(config: Any) -> Data:
+    """Sources and transforms of a run from `config.data`.
+
+    Keys: name ('nyu'), root, train_list, test_list ('' = look through the folder), train_subfolder, test_subfolder,
+    size (crop side), recipe ('tokenizer' | 'solver'), columns, color, cutdepth, on_error, cache, expected_train,
+    expected_test (0 = any), render ({} or the arguments of `scenes.ensure`: train, test, height, width, seed).
+    """
+    if config.name != "nyu":
+        raise ValueError(f"data.name={config.name!r} must be 'nyu' (NYUv2, or any folder in its layout)")
+    if config.recipe not in RECIPES:
+        raise ValueError(f"data.recipe={config.recipe!r} must be one of {RECIPES}")
+    if config.recipe == "tokenizer":
+        train_transform = transforms.tokenizer_train(config.size, tuple(config.columns))
+    else:
+        train_transform = transforms.solver_train(config.size, config.color, config.cutdepth)
+    if config.render:
+        from aitok_jax.data import scenes
+
+        scenes.ensure(config.root, **{"workers": os.cpu_count() or 1, **config.render})
+    train = nyu.NyuSource(
+        config.root,
+        config.train_list,
+        subfolder=config.train_subfolder,
+        on_error=config.on_error,
+        cache=config.cache,
+        images=config.recipe != "tokenizer",
+        expected_count=config.expected_train,
+    )
+    test = nyu.NyuSource(
+        config.root,
+        config.test_list,
+        subfolder=config.test_subfolder,
+        on_error=config.on_error,
+        cache=config.cache,
+        expected_count=config.expected_test,
+    )
+    return Data(train, test, train_transform, transforms.evaluation())
+
+
+def _batches(counts, place, source, transform, seed, local, *, replace_broken) -> Iterator[Batch]:
+    """Turns a dataset of counts into batches; `place(count)` gives (position, index into the source, real)."""
+    tf = _tensorflow()
+    images = getattr(source, "images", True)
+    failures = []
+    read = _reader(source, transform, images, failures)
+    kinds = [tf.int32, tf.float32, tf.uint8] if images else [tf.int32, tf.float32]
+
+    def load(count):
+        position, index, real = place(count)
+        index = tf.cast(index, tf.int32)
+        used, depth, *image = tf.numpy_function(read, [position, index], kinds)
+        used.set_shape([])
+        depth.set_shape([None, None])
+        example = {"depth": depth}
+        if images:
+            image[0].set_shape([None, None, 3])
+            example["image"] = image[0]
+        example = dict(transform(example, tf.stack([tf.constant(seed, tf.int32), tf.cast(position, tf.int32)])))
+        example["id"] = used if replace_broken else index
+        example["mask"] = tf.cast(real if replace_broken else real & (used == index), tf.float32)
+        return example
+
+    load = tf.autograph.experimental.do_not_convert(load)
+    dataset = counts.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    dataset = dataset.batch(local, drop_remainder=True).prefetch(_PREFETCH)
+    return _iterate(dataset, failures)
+
+
+def _reader(source, transform, images, failures):
+    """`(position, index) -> (index used, depth, image)` for tf.numpy_function; keeps what it raises in `failures`."""
+    check = getattr(transform, "check", None)
+    keeps_size = not getattr(transform, "size", 0)
+    first = {}
+
+    def read(position, index):
+        try:
+            if hasattr(source, "read_readable"):
+                used, example = source.read_readable(int(index))
+            else:
+                used, example = int(index), source.read(int(index))
+            name, (height, width) = source.names[used], example["depth"].shape
+            if check is not None:
+                check(height, width, name)
+            if keeps_size and first.setdefault("size", (height, width, name))[:2] != (height, width):
+                raise nyu.DataError(
+                    f"{name} is {height}x{width} but {first['size'][2]} is {first['size'][0]}x{first['size'][1]}; "
+                    "examples read at full size must all have one size: resize the files"
+                )
+            arrays = [example["depth"], example["image"]] if images else [example["depth"]]
+            return [np.int32(used), *arrays]
+        except Exception as error:
+            failures.append((int(position), error))
+            raise
+
+    return read
+
+
+def _iterate(dataset, failures) -> Iterator[Batch]:
+    """The dataset's batches; an error of the reader comes out as it was raised there, not as TensorFlow wraps it."""
+    tf = _tensorflow()
+    batches = dataset.as_numpy_iterator()
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            if not failures:
+                raise
+            raise min(failures, key=lambda failure: failure[0])[1] from error
+        yield batch
+
+
+def _position(count, local, batch_size, process_index):
+    """Position among the examples of all hosts of the count-th example of this host."""
+    return count // local * batch_size + process_index * local + count % local
+
+
+def _local_batch(source, batch_size, process_index, process_count) -> int:
+    if batch_size <= 0 or batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {process_count} hosts")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
+    if not len(source):
+        raise ValueError("the source has no examples; check data.root and its list")
+    return batch_size // process_count
+
+
+def _tensorflow():
+    """TensorFlow, kept away from accelerators: they belong to JAX."""
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_visible_devices([], "TPU")
+    return tf

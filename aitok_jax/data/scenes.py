@@ -1,0 +1,343 @@
+"""Built-in scenes: furnished rooms with exact depth, sensor-like depth and instance masks, rendered on the CPU.
+
+They stand in for NYUv2 and COCO where no data is at hand: `python -m aitok_jax.data.scenes OUT` writes them in the
+published NYUv2 layout (AIT.md, section 8) and as COCO annotations, so that the readers for real data read them too.
+
+    python -m aitok_jax.data.scenes OUT --train=6000 --test=400 --height=480 --width=640 --seed=0 --workers=2
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from aitok_jax.data.furniture import CLASSES
+from aitok_jax.data.raycast import Frame, trace
+from aitok_jax.data.rooms import MAX_ASPECT, sample_room
+
+FORMATS = ("nyu", "coco", "both")
+VERSION = 1  # of the look of the scenes: raise it when the same seed gives other pixels
+_RECORD, _UNFINISHED = "scenes.json", "scenes.unfinished.json"
+_FRAMES_PER_FOLDER = 100
+_SEEDS_PER_SPLIT = 10_000_000
+_HOLES = (0.06, 0.23)  # share of pixels without sensor depth
+
+
+class Scene(NamedTuple):
+    """One rendered room; N visible objects."""
+
+    image: np.ndarray  # uint8[H,W,3], RGB
+    depth: np.ndarray  # f32[H,W]: exact distance along the optical axis in metres, 0.5 to 10
+    sensor_depth: np.ndarray  # f32[H,W]: the same with 5-25 % of the pixels 0, as a depth sensor loses them
+    masks: np.ndarray  # bool[N,H,W]: visible pixels, disjoint
+    boxes: np.ndarray  # f32[N,4]: x0 y0 x1 y1 around the mask; x1 and y1 are the outer edges of the last pixels
+    classes: np.ndarray  # int32[N]: index into CLASSES
+
+
+def render(seed: int, height: int, width: int) -> Scene:
+    """Renders the room of a seed.
+
+    A pure function of its arguments; the same seed shows the same room at every size. The vertical field of view is
+    fixed (60 degrees across at 4:3). An object counts as visible from max(4, 0.02 % of the image) pixels on.
+
+    Args:
+        seed: 0 or more.
+        height, width: pixels; at least 16, and at most twice as wide as high.
+
+    Raises:
+        ValueError: a size or a seed outside these ranges.
+    """
+    _check_size(height, width)
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be 0 or more")
+    world, classes = sample_room(np.random.default_rng(seed))
+    frame = trace(world, height, width)
+    # Camera noise takes a draw a pixel: with generators of their own, room and holes are the same at every size.
+    image = _develop(np.random.default_rng((seed, 1)), frame.light)
+    holes = _holes(np.random.default_rng((seed, 2)), frame, image)
+    sensor_depth = np.where(holes, np.float32(0), frame.depth)
+    masks, boxes, visible = _instances(frame.objects, len(classes))
+    return Scene(image, frame.depth, sensor_depth, masks, boxes, classes[visible])
+
+
+def _check_size(height: int, width: int) -> None:
+    if min(height, width) < 16 or width > MAX_ASPECT * height:
+        raise ValueError(
+            f"height={height}, width={width}: both must be at least 16 and width at most {MAX_ASPECT:g} x height "
+            "(a wider view would see things nearer than 0.5 m); choose e.g. 480 and 640"
+        )
+
+
+def _develop(rng: np.random.Generator, light: np.ndarray) -> np.ndarray:
+    """uint8[H,W,3] as a camera gives it: exposure, soft highlights, gamma 2, a slight blur and noise."""
+    exposure = rng.uniform(0.3, 0.8) / np.maximum(light.mean(), 1e-3)
+    noise = np.float32(rng.uniform(0.004, 0.012))
+    x = np.sqrt(1 - np.exp(light * -np.float32(exposure)))
+    side = np.float32(0.12)
+    x[1:-1] += side * (x[2:] + x[:-2] - 2 * x[1:-1])
+    x[:, 1:-1] += side * (x[:, 2:] + x[:, :-2] - 2 * x[:, 1:-1])
+    x += noise * rng.standard_normal((*light.shape[:2], 1), np.float32)
+    return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _holes(rng: np.random.Generator, frame: Frame, image: np.ndarray) -> np.ndarray:
+    """bool[H,W]: pixels a depth sensor loses, most likely at occlusion edges, on dark or shiny surfaces, and in blobs.
+
+    The pixels are ranked and a share drawn beforehand is cut off, so that the share is met whatever is in view.
+    """
+    height, width = frame.depth.shape
+    share = rng.uniform(*_HOLES)
+    score = _blobs(rng, height, width)
+    score += 1.5 * (frame.shine > 0)
+    score += np.clip(1.5 - image.max(-1) / np.float32(40), 0, 1.5)
+    thin, wide = max(round(height / 240), 1), max(round(height / 60), 1)  # the shadow of the projector is on one side
+    shifts = ((0, thin), (0, -wide), (thin, 0), (-thin, 0))
+    score += 4 * np.any([_behind(frame.depth, *shift) for shift in shifts], axis=0)
+    lost = round(share * score.size)
+    ranked = np.argpartition(score.ravel(), score.size - lost)
+    holes = np.zeros(score.size, bool)
+    holes[ranked[score.size - lost :]] = True
+    return holes.reshape(height, width)
+
+
+def _blobs(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """f32[H,W]: a smooth random field of variance about 1, the same at every size."""
+    frequency, phase = rng.normal(0, 18, (2, 24)), rng.uniform(0, 2 * np.pi, (2, 24))
+    y, x = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5 - width / 2) / height
+    rows = np.cos(y[:, None] * frequency[0] + phase[0]).astype(np.float32)
+    columns = np.cos(x[:, None] * frequency[1] + phase[1]).astype(np.float32)
+    return np.einsum("yk,xk->yx", rows, columns) * np.float32(2 / np.sqrt(24))
+
+
+def _behind(depth: np.ndarray, down: int, right: int) -> np.ndarray:
+    """bool[H,W]: pixels that lie behind the pixel some rows down or columns right, by more than 3 cm and 4 %."""
+    height, width = depth.shape
+    y, x = np.clip(np.arange(height) + down, 0, height - 1), np.clip(np.arange(width) + right, 0, width - 1)
+    return depth > depth[y][:, x] * np.float32(1.04) + np.float32(0.03)
+
+
+def _instances(objects: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masks bool[N,H,W], boxes f32[N,4] and object numbers int[N] of the visible ones of `count` objects."""
+    pixels = np.bincount(objects.ravel() + 1, minlength=count + 1)[1:]
+    visible = np.nonzero(pixels >= max(4, 0.0002 * objects.size))[0]
+    masks = objects[None] == visible[:, None, None]
+    boxes = np.zeros((len(visible), 4), np.float32)
+    for axis, used in ((0, masks.any(1)), (1, masks.any(2))):
+        if len(visible):
+            boxes[:, axis] = used.argmax(1)
+            boxes[:, axis + 2] = used.shape[1] - used[:, ::-1].argmax(1)
+    return masks, boxes, visible
+
+
+class _Job(NamedTuple):
+    root: str
+    split: str
+    index: int
+    seed: int
+    height: int
+    width: int
+    format: str
+
+
+def _name(split: str, index: int, kind: str, suffix: str) -> str:
+    """The path of a file relative to the root."""
+    folder = f"scene_{index // _FRAMES_PER_FOLDER:04d}" if split == "train" else "official_splits/test/room"
+    return f"{folder}/{kind}_{index:05d}.{suffix}"
+
+
+def _scene_seed(split: str, seed: int, index: int) -> int:
+    """Seeds of different splits or of different `seed`s never meet."""
+    return (2 * seed + (split == "test")) * _SEEDS_PER_SPLIT + index
+
+
+def _write_scene(job: _Job) -> list[dict]:
+    """Writes the files of one scene; returns its COCO annotations without ids."""
+    from pycocotools import mask as coco_mask
+
+    scene = render(_scene_seed(job.split, job.seed, job.index), job.height, job.width)
+    root = Path(job.root)
+    Image.fromarray(scene.image).save(root / _name(job.split, job.index, "rgb", "jpg"), quality=95)
+    if job.format != "coco":
+        for kind, depth in (("sync_depth", scene.sensor_depth), ("exact_depth", scene.depth)):
+            millimetres = np.round(depth * 1000).astype(np.uint16)
+            Image.fromarray(millimetres).save(root / _name(job.split, job.index, kind, "png"), compress_level=1)
+    if job.format == "nyu":
+        return []
+    annotations = []
+    for mask, (x0, y0, x1, y1), label in zip(scene.masks, scene.boxes.tolist(), scene.classes, strict=True):
+        code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        annotations.append(
+            {
+                "image_id": job.index + 1,
+                "category_id": int(label) + 1,
+                "segmentation": {"size": [job.height, job.width], "counts": code["counts"].decode("ascii")},
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": float(mask.sum()),
+                "iscrowd": 0,
+            }
+        )
+    return annotations
+
+
+def _annotations_file(split: str, count: int, height: int, width: int, annotations: list[list[dict]]) -> dict:
+    names = [_name(split, i, "rgb", "jpg") for i in range(count)]
+    images = [{"id": i + 1, "file_name": name, "height": height, "width": width} for i, name in enumerate(names)]
+    flat = [annotation for per_image in annotations for annotation in per_image]
+    return {
+        "info": {"description": "built-in scenes of aitok_jax", "version": str(VERSION)},
+        "licenses": [],
+        "images": images,
+        "annotations": [{"id": i + 1, **annotation} for i, annotation in enumerate(flat)],
+        "categories": [{"id": i + 1, "name": name, "supercategory": "object"} for i, name in enumerate(CLASSES)],
+    }
+
+
+def write(
+    root: str | os.PathLike,
+    *,
+    train: int,
+    test: int,
+    height: int,
+    width: int,
+    seed: int = 0,
+    workers: int = 2,
+    format: str = "both",
+) -> None:
+    """Renders two splits of scenes into a folder; scenes that were there are replaced.
+
+    Training frames are `scene_XXXX/rgb_NNNNN.jpg`, test frames `official_splits/test/room/rgb_NNNNN.jpg`. Format "nyu"
+    adds `sync_depth_NNNNN.png` (sensor) and `exact_depth_NNNNN.png`, both 16-bit millimetres, and lists `train.txt` and
+    `test.txt` (`/folder/rgb_N.jpg /folder/sync_depth_N.png`, relative to the root); "coco" adds
+    `annotations/instances_{train,test}.json`; "both" all of it. `scenes.json` with the settings is written last.
+
+    Args:
+        root: folder; must be new, empty, or hold scenes written by this function.
+        train, test: number of frames; no frame of one split has the seed of the other.
+        height, width: pixels, see `render`.
+        seed: another seed gives other scenes.
+        workers: processes (started with spawn); 1 renders in this one. Does not change the result.
+
+    Raises:
+        ValueError: an option outside its range, or a root that holds other files.
+    """
+    settings = _settings(train=train, test=test, height=height, width=width, seed=seed, format=format)
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be 1 or more")
+    root = Path(root)
+    _clear(root)
+    _write_json(root / _UNFINISHED, settings)
+    for split, count in (("train", train), ("test", test)):
+        names = [_name(split, i, "rgb", "jpg") for i in range(count)]
+        for folder in {(root / name).parent for name in names}:
+            folder.mkdir(parents=True, exist_ok=True)
+        jobs = [_Job(str(root), split, i, seed, height, width, format) for i in range(count)]
+        annotations = _run(jobs, workers, f"scenes: {split}")
+        if format != "coco":
+            lines = [f"/{name} /{_name(split, i, 'sync_depth', 'png')}\n" for i, name in enumerate(names)]
+            (root / f"{split}.txt").write_text("".join(lines))
+        if format != "nyu":
+            (root / "annotations").mkdir(exist_ok=True)
+            content = _annotations_file(split, count, height, width, annotations)
+            _write_json(root / "annotations" / f"instances_{split}.json", content)
+    _write_json(root / _RECORD, settings)
+    (root / _UNFINISHED).unlink()
+
+
+def ensure(
+    root: str | os.PathLike,
+    *,
+    train: int,
+    test: int,
+    height: int,
+    width: int,
+    seed: int = 0,
+    workers: int = 2,
+    format: str = "both",
+) -> None:
+    """Does what `write` does unless the root already holds exactly these scenes, complete.
+
+    Raises:
+        ValueError: the root holds scenes of other settings.
+    """
+    settings = _settings(train=train, test=test, height=height, width=width, seed=seed, format=format)
+    record = Path(root) / _RECORD
+    if not record.is_file():
+        write(root, train=train, test=test, height=height, width=width, seed=seed, workers=workers, format=format)
+        return
+    present = json.loads(record.read_text())
+    if present != settings:
+        raise ValueError(
+            f"{root} holds scenes of other settings: it has {present}, wanted are {settings}; "
+            "give another folder, or delete this one to render anew"
+        )
+
+
+def _settings(**options) -> dict:
+    """The options as they are recorded, after a check."""
+    _check_size(options["height"], options["width"])
+    for name in ("train", "test"):
+        if not 0 <= options[name] <= _SEEDS_PER_SPLIT:
+            raise ValueError(f"{name}={options[name]} must be between 0 and {_SEEDS_PER_SPLIT}")
+    if options["seed"] < 0:
+        raise ValueError(f"seed={options['seed']} must be 0 or more")
+    if options["format"] not in FORMATS:
+        raise ValueError(f"format={options['format']!r} must be one of {', '.join(FORMATS)}")
+    return {"version": VERSION, **options}
+
+
+def _clear(root: Path) -> None:
+    """Makes the folder, or removes earlier scenes from it; never touches a folder with other content."""
+    root.mkdir(parents=True, exist_ok=True)
+    if any(root.iterdir()) and not any((root / name).is_file() for name in (_RECORD, _UNFINISHED)):
+        raise ValueError(f"{root} holds files that are no built-in scenes; give a new or empty folder")
+    if (root / _RECORD).is_file():
+        (root / _RECORD).replace(root / _UNFINISHED)  # from here on the scenes are incomplete
+    for folder in (*root.glob("scene_*"), root / "official_splits", root / "annotations"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for split in ("train", "test"):
+        (root / f"{split}.txt").unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Writes a file that is there either whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content))
+    part.replace(path)
+
+
+def _run(jobs: list[_Job], workers: int, title: str) -> list[list[dict]]:
+    progress = functools.partial(tqdm, total=len(jobs), desc=title, unit="scene")
+    if workers == 1 or len(jobs) < 2:
+        return list(progress(map(_write_scene, jobs)))
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
+        return list(progress(pool.imap(_write_scene, jobs, chunksize=4)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m aitok_jax.data.scenes", description="Renders built-in scenes into a folder."
+    )
+    parser.add_argument("root", help="folder to write; new, empty or with earlier scenes, which are replaced")
+    parser.add_argument("--train", type=int, default=6000, help="training frames")
+    parser.add_argument("--test", type=int, default=400, help="test frames")
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--width", type=int, default=640)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--format", choices=FORMATS, default="both")
+    try:
+        write(**vars(parser.parse_args()))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Trains and evaluates.
+
+    python -m aitok_jax.main --config=configs/X.py[:name=value,...] --workdir=DIR [--mode=train|eval]
+        [--config.key=value ...] [--multihost]
+
+The same command goes on from the latest checkpoint in DIR. `--mode=eval` evaluates that checkpoint and trains nothing.
+`--multihost` starts jax.distributed (TPU pods, Slurm, or JAX_COORDINATOR_ADDRESS and friends).
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from aitok_jax import checkpoint, config_utils, run_dir, train
+
+MODES = {"train": train.train, "eval": train.evaluate}
+
+
+def run(config: ConfigDict, workdir: str | Path, mode: str = "train") -> dict[str, float]:
+    """Trains or evaluates a config of one run, or its `stages` one after the other, each in WORKDIR/STAGE.
+
+    A stage that mentions '{workdir}/OTHER' runs after the stage OTHER; one that is finished is not trained again.
+
+    Returns:
+      The metrics of all stages, also written to WORKDIR/metrics.json.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} must be one of {tuple(MODES)}")
+    if "stages" not in config:
+        return MODES[mode](config_utils.format_workdir(config, str(workdir)), workdir)
+    folder, metrics = run_dir.RunDir(workdir), {}
+    folder.write_json("config.json", json.loads(config_utils.to_json(config)))
+    for name in config_utils.stage_order(config.stages):
+        stage = config_utils.format_workdir(config.stages[name], str(workdir))
+        done = folder.path / name / "metrics.json"
+        if mode == "train" and done.exists() and checkpoint.latest_step(done.parent) >= stage.train_steps:
+            logging.info("stage %s is finished: %s", name, done)
+            metrics |= json.loads(done.read_text())
+        else:
+            logging.info("stage %s in %s", name, done.parent)
+            metrics |= MODES[mode](stage, done.parent)
+    folder.write_json("metrics.json", metrics)
+    return metrics
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """The positional arguments; a wrong flag or configuration ends the program with one line."""
+    try:
+        args = flags.FLAGS(argv)
+        if None in (flags.FLAGS["config"].value, flags.FLAGS.workdir):
+            raise ValueError("--config=configs/X.py and --workdir=DIR must be given")
+        len(flags.FLAGS.config.keys())  # an unreadable file is an error only here
+    except (AttributeError, KeyError) as error:  # an override of a key that is not there
+        path = re.search(r" --?config[= ](\S+)", " ".join(argv))[1]
+        sys.exit(f"error: {config_utils.unknown_flag(argv, flags.FLAGS['config'].parser.parse(path)) or error}")
+    except (TypeError, ValueError, OSError, flags.Error) as error:
+        lines = str(error).strip().splitlines()
+        sys.exit(f"error: {lines[-1] if 'Traceback' in str(error) else ' '.join(lines)}")
+    return args
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.INFO)
+    if flags.FLAGS.multihost:
+        jax.distributed.initialize()
+    for name, value in run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode).items():
+        print(f"{name} {value:.6g}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Configuration file, with :arguments.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Run directory, made where absent.")
+    flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
+    flags.DEFINE_bool("multihost", False, "Start jax.distributed; give it on every host.")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,111 @@
+"""The files of a run: config.json, env.json, metrics.jsonl, metrics.json and TensorBoard events, by the first host."""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+_PACKAGES = ("aitok_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu", "tensorflow")
+_MAX_IMAGES = 8  # panels shown in TensorBoard
+
+
+class RunDir:
+    """Writes into a run directory, which is made where absent; hosts other than the first write nothing."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.panels = self.path / "panels"
+        self._first_host = jax.process_index() == 0
+        self._events = None
+        self._untimed = 0.0
+        if self._first_host:
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def write_json(self, name: str, value: Any) -> None:
+        if self._first_host:
+            (self.path / name).write_text(json.dumps(value, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def logging(self, start: int, batch_size: int) -> Iterator[None]:
+        """Opens the logs of a run that goes on from step `start`; what was logged after that step is dropped.
+
+        Within, `training` and `evaluation` may be called.
+        """
+        if self._first_host:
+            self._drop_lines_after(start)
+            self._events = _event_writer(self.path)
+        self._batch_size, self._last = batch_size, (start, self._now())
+        try:
+            yield
+        finally:
+            if self._events is not None:
+                self._events.close()
+                self._events = None
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Time spent within does not count for steps_per_sec."""
+        started = time.perf_counter()
+        yield
+        self._untimed += time.perf_counter() - started
+
+    def training(self, step: int, metrics: dict[str, Any]) -> None:
+        """Logs the metrics (scalars on the host) of a training step, with the speed since the last call."""
+        now, (last_step, last_time) = self._now(), self._last
+        self._last = (step, now)
+        speed = (step - last_step) / max(now - last_time, 1e-9)
+        speeds = {"steps_per_sec": speed, "images_per_sec": speed * self._batch_size}
+        self._write(step, {name: float(value) for name, value in metrics.items()} | speeds, "train/")
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Logs the metrics of an evaluation, and shows the panels it left."""
+        self._write(step, {name: float(value) for name, value in metrics.items()}, "")
+        if self._events is not None:
+            for file in sorted(self.panels.glob("*.png"))[:_MAX_IMAGES]:
+                with Image.open(file) as image:
+                    self._events.write_images(step, {f"panels/{file.stem}": np.asarray(image.convert("RGB"))[None]})
+            self._events.flush()
+
+    def _write(self, step: int, metrics: dict[str, float], prefix: str) -> None:
+        if not self._first_host:
+            return
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step} | numbers) + "\n")
+        self._events.write_scalars(step, {prefix + name: value for name, value in metrics.items()})
+
+    def _drop_lines_after(self, step: int) -> None:
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._untimed
+
+
+def _event_writer(path: Path) -> Any:
+    from clu import metric_writers  # imports TensorFlow, which is slow
+
+    return metric_writers.SummaryWriter(str(path))
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """Versions of what computes, and the devices."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    device = jax.devices()[0]
+    devices = {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
+    return {"versions": versions, "devices": devices | {"hosts": jax.process_count(), "mesh": dict(mesh.shape)}}

@@ -1,0 +1,178 @@
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+
+from aitok_jax import checkpoint, sharding
+from aitok_jax.train_state import TrainState
+
+OPTIMIZER = optax.adam(1e-2)
+
+
+def _config(**changes):
+    task = ConfigDict({"name": "toy", "width": 4, "sizes": (1, 2)})
+    base = {"name": "toy", "seed": 0, "batch_size": 8, "train_steps": 5, "optim": {"name": "adam"}, "task": task}
+    return ConfigDict(base | changes)
+
+
+def _state(width=4, ema_decay=0.5):
+    params = {"dense": {"kernel": jnp.arange(3.0 * width).reshape(3, width), "bias": jnp.ones(width)}}
+    state = TrainState.create(params, {"count": jnp.array(7)}, OPTIMIZER, ema_decay)
+    grads = jax.tree.map(jnp.ones_like, params)
+    return state.apply_gradients(grads, state.model_state, OPTIMIZER, ema_decay)
+
+
+def _abstract(state, mesh):
+    shardings = sharding.state_shardings(state, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def _save(folder, state, config=None):
+    with checkpoint.open_manager(folder) as manager:
+        checkpoint.save(manager, state, config or _config())
+        manager.wait_until_finished()
+
+
+def _assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_state_comes_back_on_other_devices(tmp_path, monkeypatch, ema_decay):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_BYTES", 1)
+    state = _state(ema_decay=ema_decay)
+    eight = sharding.make_mesh(fsdp=4)
+    _save(tmp_path, jax.device_put(state, sharding.state_shardings(state, eight)))
+    for mesh in (eight, sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])):
+        with checkpoint.open_manager(tmp_path) as manager:
+            restored = checkpoint.restore_latest(manager, _abstract(state, mesh), _config())
+        _assert_equal(restored, state)
+        kernel = restored.params["dense"]["kernel"]
+        assert kernel.sharding.mesh.size == mesh.size
+        assert kernel.sharding.spec == PartitionSpec(None, "fsdp")
+
+
+def test_nothing_to_restore_is_none(tmp_path):
+    state = _state()
+    with checkpoint.open_manager(tmp_path) as manager:
+        assert checkpoint.restore_latest(manager, _abstract(state, sharding.make_mesh())) is None
+
+
+def test_saved_values_survive_donation(tmp_path):
+    update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = jax.device_put(_state(), sharding.replicated(sharding.make_mesh()))
+    expected = jax.tree.map(np.array, state)
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state, _config())
+        for _ in range(20):
+            state = update(state)
+        manager.wait_until_finished()
+        restored = checkpoint.restore_latest(manager, _abstract(state, sharding.make_mesh()))
+    _assert_equal(restored, expected)
+
+
+def test_only_the_latest_are_kept(tmp_path):
+    state = _state()
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        for step in (1, 2, 3):
+            checkpoint.save(manager, state.replace(step=jnp.array(step)), _config())
+        manager.wait_until_finished()
+        assert list(manager.all_steps()) == [2, 3]
+
+
+def test_inference_weights_need_no_template(tmp_path):
+    state = _state()
+    _save(tmp_path, state)
+    for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "1"):
+        config, variables = checkpoint.load_inference(path)
+        assert config.task.to_dict() == {"name": "toy", "width": 4, "sizes": [1, 2]}
+        _assert_equal(variables, {"params": state.ema_params, "model_state": state.model_state})
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(variables))
+    assert not np.array_equal(variables["params"]["dense"]["bias"], state.params["dense"]["bias"])
+
+
+def test_absent_checkpoints_are_clear_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*; give a run directory"):
+        checkpoint.load_inference(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+    _save(tmp_path, _state())
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 9 in .*; there are \[1\]"):
+        checkpoint.load_inference(tmp_path, step=9)
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path):
+    state = _state()
+    variables = {"params": state.params, "model_state": state.model_state}
+    checkpoint.save_inference(tmp_path, variables, _config())
+    _assert_equal(checkpoint.load_inference(tmp_path)[1], variables)
+    with (
+        checkpoint.open_manager(tmp_path) as manager,
+        pytest.raises(ValueError, match=r"no training state; train elsewhere with config.start_from"),
+    ):
+        checkpoint.restore_latest(manager, _abstract(state, sharding.make_mesh()))
+
+
+def test_another_configuration_is_refused_and_named(tmp_path, caplog):
+    state = _state()
+    _save(tmp_path, state)
+    other = _config(seed=1, train_steps=50, task=ConfigDict({"name": "toy", "width": 5, "sizes": (1, 2)}))
+    abstract = _abstract(state, sharding.make_mesh())
+    with checkpoint.open_manager(tmp_path) as manager:
+        with pytest.raises(ValueError, match="another configuration") as error:
+            checkpoint.restore_latest(manager, abstract, other)
+        assert "config.task.width: 4 there, 5 now" in str(error.value)
+        assert "config.seed: 0 there, 1 now" in str(error.value)
+        assert "train_steps" not in str(error.value)
+        with caplog.at_level(logging.INFO):
+            assert checkpoint.restore_latest(manager, abstract, _config(train_steps=50)) is not None
+        assert "config.train_steps: 5 there, 50 now" in caplog.text
+
+
+def test_other_shapes_name_parameter_and_both_shapes(tmp_path):
+    _save(tmp_path, _state(width=4))
+    with checkpoint.open_manager(tmp_path) as manager:
+        wanted = _abstract(_state(width=5), sharding.make_mesh())
+        with pytest.raises(ValueError, match=r"params/dense/kernel: \(3, 4\) in the checkpoint, \(3, 5\) here"):
+            checkpoint.restore_latest(manager, wanted)
+        wanted = _abstract(_state(ema_decay=0.0), sharding.make_mesh())
+        with pytest.raises(ValueError, match="ema_params/dense/bias: only in the checkpoint"):
+            checkpoint.restore_latest(manager, wanted)
+
+
+def _variables():
+    return {
+        "params": {"head": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}},
+        "model_state": {"tokenizer": {"params": {"conv": jnp.zeros(4)}, "model_state": {}}},
+    }
+
+
+def test_merge_takes_the_same_path_or_the_whole_source():
+    source = {"params": {"conv": np.ones(4)}, "model_state": {}}
+    merged, report = checkpoint.merge(_variables(), source, "model_state/tokenizer")
+    np.testing.assert_array_equal(merged["model_state"]["tokenizer"]["params"]["conv"], np.ones(4))
+    assert report == checkpoint.MergeReport(("model_state/tokenizer/params/conv",), (), ())
+
+    solver = {"params": {"head": {"kernel": np.ones((2, 3)), "gate": np.ones(1)}}, "model_state": source}
+    merged, report = checkpoint.merge(_variables(), solver, "params")
+    np.testing.assert_array_equal(merged["params"]["head"]["kernel"], np.ones((2, 3)))
+    np.testing.assert_array_equal(merged["params"]["head"]["bias"], np.zeros(3))
+    assert report.used == ("params/head/kernel",)
+    assert report.unused == ("params/head/gate",)
+    assert report.missing == ("params/head/bias",)
+    assert "1 used, 1 unused, 1 missing" in str(report)
+    assert merged["params"]["head"]["kernel"].dtype == jnp.float32
+
+
+def test_merge_errors_name_the_parameter():
+    with pytest.raises(ValueError, match=r"params/head/bias is of shape \(4,\) in the source but of shape \(3,\) here"):
+        checkpoint.merge(_variables(), {"params": {"head": {"bias": np.ones(4)}}})
+    with pytest.raises(ValueError, match=r"the state has no 'params/tail'; it has .*params/head"):
+        checkpoint.merge(_variables(), {"params": {}}, "params/tail")
+    with pytest.raises(ValueError, match="nothing of the source fits 'params'"):
+        checkpoint.merge(_variables(), {"params": {"other": np.ones(1)}}, "params")

@@ -1,0 +1,162 @@
+"""Evaluation: averages over images, invariance to batch size and devices, the baseline, panels."""
+
+import types
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from aitok_jax import metrics, sharding
+from aitok_jax.data import transforms
+from aitok_jax.evaluators import base, evaluate
+
+
+@dataclass(frozen=True)
+class ToyTask:
+    """Predicts depth from the red channel."""
+
+    eval_crop: tuple[int, int, int, int] | None = None
+    max_depth: float = 10.0
+    confident: bool = True
+
+    def predict(self, params, model_state, batch):
+        del model_state
+        maps = {"depth": params["scale"] * batch["image"][..., 0]}
+        return maps | {"confidence": batch["image"][..., 1]} if self.confident else maps
+
+
+class Examples:
+    """Random pictures and depth maps with holes."""
+
+    def __init__(self, count, seed=0, shape=(24, 32)):
+        rng = np.random.default_rng(seed)
+        self.pictures = rng.integers(1, 256, (count, *shape, 3), dtype=np.uint8)
+        self.depths = rng.uniform(0.5, 12, (count, *shape)).astype(np.float32)
+        self.depths[rng.random(self.depths.shape) < 0.1] = 0
+        self.names = [f"room_{i % 2}/rgb_{i:05d}.jpg" for i in range(count)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, index):
+        return {"image": self.pictures[index], "depth": self.depths[index]}
+
+
+PARAMS = {"scale": jnp.float32(9.0)}
+
+
+def run(source, task=None, train=None, **options):
+    data = types.SimpleNamespace(train=train, eval=source, eval_transform=transforms.evaluation())
+    options = {"batch_size": 4, "prefix": "val", "progress": False} | options
+    return evaluate(task or ToyTask(), PARAMS, {}, data, **options)
+
+
+def expected(source, rows, **options):
+    predictions = 9.0 * (source.pictures[rows, ..., 0].astype(np.float32) / 255)
+    values = metrics.depth_metrics(predictions, source.depths[rows], **options)
+    return {f"val/{name}": float(np.mean(np.asarray(value, np.float64))) for name, value in values.items()}
+
+
+def test_averages_metrics_of_images():
+    source = Examples(7)
+    result = run(source, ToyTask(confident=False))
+    reference = expected(source, np.arange(7))
+    assert set(result) == set(reference)
+    for name, value in reference.items():
+        np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_confidence_quality_is_measured():
+    source = Examples(3)
+    error = np.abs(9.0 * source.pictures[..., 0] / 255 - source.depths)
+    source.pictures[..., 1] = np.clip(255 - 20 * error, 0, 255)
+    assert run(source)["val/confidence_spearman"] > 0.95
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_same_result_for_any_batch_size(batch_size):
+    source = Examples(7)
+    result, reference = run(source, batch_size=batch_size), run(source, batch_size=7)
+    for name, value in reference.items():
+        np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_same_result_on_eight_devices(tmp_path):
+    source = Examples(11)
+    reference = run(source)
+    result = run(source, batch_size=8, mesh=sharding.make_mesh(), panels_dir=tmp_path, panels=2)
+    for name, value in reference.items():
+        np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_crop_and_maximum_come_from_the_task():
+    source = Examples(3)
+    result = run(source, ToyTask(eval_crop=(2, 20, 3, 30), max_depth=6.0, confident=False))
+    reference = expected(source, np.arange(3), crop=(2, 20, 3, 30), max_depth=6.0)
+    np.testing.assert_allclose(result["val/rmse"], reference["val/rmse"], rtol=1e-6)
+    assert not np.isclose(result["val/rmse"], run(source)["val/rmse"], rtol=1e-3)
+
+
+def test_images_without_depth_are_left_out_and_counted():
+    source = Examples(5)
+    source.depths[[1, 4]] = 0
+    result = run(source, batch_size=2)
+    assert result["val/images_without_depth"] == 2
+    np.testing.assert_allclose(result["val/rmse"], expected(source, np.array([0, 2, 3]))["val/rmse"], rtol=1e-6)
+    assert np.isfinite(list(result.values())).all()
+
+
+def test_data_without_any_depth_is_an_error():
+    source = Examples(3)
+    source.depths[:] = 0
+    with pytest.raises(ValueError, match="none of the 3"):
+        run(source)
+
+
+def test_crop_outside_the_image_is_an_error():
+    with pytest.raises(ValueError, match=r"\(45, 471, 41, 601\) does not fit .* 24x32"):
+        run(Examples(2), ToyTask(eval_crop=metrics.EIGEN_CROP))
+
+
+def test_baseline_is_the_mean_training_map():
+    source, train = Examples(3), Examples(4, seed=1)
+    result = run(source, train=train, baseline=True)
+    mean = train.depths.sum(0, dtype=np.float64) / np.maximum((train.depths > 0).sum(0), 1)
+    mean = np.tile(mean[None].astype(np.float32), (3, 1, 1))
+    reference = metrics.depth_metrics(mean, source.depths)
+    np.testing.assert_allclose(result["baseline/rmse"], np.mean(reference["rmse"]), rtol=1e-5)
+    np.testing.assert_allclose(result["val/rmse"], run(source)["val/rmse"])
+    assert not any(name.startswith("baseline") for name in run(source, train=train))
+    assert not any(name.startswith("baseline") for name in run(source, baseline=True))
+
+
+def test_baseline_of_another_size_is_resized():
+    train = Examples(2, shape=(48, 64))
+    train.depths[:] = 3.0
+    source = Examples(2)
+    source.depths[:] = 5.0
+    np.testing.assert_allclose(run(source, train=train, baseline=True)["baseline/rmse"], 2.0, rtol=1e-5)
+
+
+def test_panels_of_the_first_examples(tmp_path):
+    run(Examples(5), batch_size=2, panels_dir=tmp_path / "panels", panels=3)
+    files = sorted(path.name for path in (tmp_path / "panels").iterdir())
+    assert files == ["room_0_rgb_00000.png", "room_0_rgb_00002.png", "room_1_rgb_00001.png"]
+    assert np.asarray(Image.open(tmp_path / "panels" / files[0])).shape[2] == 3
+
+
+def test_progress_bar_counts_batches(capsys):
+    run(Examples(5), batch_size=2, progress=True)
+    assert "val" in (shown := capsys.readouterr().err)
+    assert "/3" in shown
+
+
+def test_next_batch_starts_before_the_last_is_used():
+    started = []
+    results = base.run_batches(lambda batch: started.append(batch) or batch, [{"i": i} for i in range(3)])
+    assert next(results)[1] == {"i": 0}
+    assert len(started) == 2
+    assert [result["i"] for _, result in results] == [1, 2]

@@ -1,0 +1,356 @@
+"""The loop, with a linear model as the task and batches made on the spot."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
+from PIL import Image
+
+from aitok_jax import checkpoint, main, sharding, train
+
+ROOT = Path(__file__).parents[1]
+TRACES = []
+
+
+@dataclasses.dataclass(frozen=True)
+class LineTask:
+    """Fits depth = image @ kernel; counts its steps in model_state and adds noise from the step's key."""
+
+    image_size: int = 4
+    noise: float = 0.1
+    scale: float = 1.0
+    broken_at: int = -1
+
+    def init(self, rng, batch):
+        kernel = 0.1 * jax.random.normal(rng, (batch["image"].shape[-1], 8))
+        params = {"dense": {"kernel": kernel, "bias": jnp.zeros(8)}}
+        return params, {"seen": {"count": jnp.zeros((), jnp.int32)}, "frozen": {"a": jnp.zeros(2), "b": jnp.zeros(2)}}
+
+    def loss(self, params, model_state, batch, rng):
+        TRACES.append(self)
+        count = model_state["seen"]["count"]
+        error = self.predict(params, model_state, batch)["depth"] - batch["depth"]
+        error = error + self.noise * jax.random.normal(rng, error.shape)
+        loss = jnp.mean(error**2) * jnp.where(count + 1 == self.broken_at, jnp.nan, 1.0)
+        return loss, ({"error": jnp.abs(error).mean()}, model_state | {"seen": {"count": count + 1}})
+
+    def predict(self, params, model_state, batch):
+        hidden = jnp.einsum("bhwc,cd->bhwd", batch["image"], params["dense"]["kernel"])
+        bias = params["dense"]["bias"].reshape(1, 1, 1, -1)
+        return {"depth": self.scale * (hidden + bias).sum(-1)}
+
+
+def _batch(seed, step, size):
+    rng = np.random.default_rng((seed, step))
+    image = rng.random((size, 4, 4, 3), np.float32)
+    return {"image": image, "depth": image.sum(-1), "names": np.array(["a"] * size), "id": np.arange(size)}
+
+
+_BATCH = _batch
+
+
+@pytest.fixture(scope="module")
+def compile_cache(tmp_path_factory):
+    """Compiles the same step once for all tests of this file."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
+
+
+@pytest.fixture
+def toy(monkeypatch, compile_cache):
+    """Puts the toy task, data and evaluator in place; `steps` lists the data steps read, `fail_at` breaks the data."""
+    toy = SimpleNamespace(steps=[], fail_at=None, evaluations=[])
+
+    def train_batches(source, transform, *, batch_size, seed, start_step, process_index, process_count):
+        step = start_step
+        while True:
+            if step == toy.fail_at:
+                raise OSError("disk gone")
+            toy.steps.append(step)
+            yield _batch(seed, step, batch_size)
+            step += 1
+
+    def evaluate(task, params, model_state, data, *, batch_size, mesh, prefix, panels_dir=None):
+        toy.evaluations.append(prefix)
+        batch = sharding.shard_batch(_batch(99, 0, batch_size), mesh)
+        error = jnp.abs(task.predict(params, model_state, batch)["depth"] - batch["depth"]).mean()
+        if panels_dir:
+            panels_dir.mkdir(exist_ok=True)
+            Image.new("RGB", (8, 4)).save(panels_dir / "a.png")
+        return {f"{prefix}/error": float(error)}
+
+    def build(config):
+        fields = config.to_dict()
+        fields.pop("name")
+        return LineTask(**fields)
+
+    monkeypatch.setattr(train.tasks, "build", build)
+    monkeypatch.setattr(train.pipeline, "build", lambda config: SimpleNamespace(train=None, train_transform=None))
+    monkeypatch.setattr(train.pipeline, "train_batches", train_batches)
+    monkeypatch.setattr(train.evaluators, "evaluate", evaluate)
+    return toy
+
+
+def _config(**changes):
+    config = {
+        "name": "line",
+        "seed": 3,
+        "task": {"name": "line", "image_size": 4, "noise": 0.1, "broken_at": -1},
+        "data": {"name": "toy", "size": 4},
+        "batch_size": 16,
+        "eval_batch_size": 8,
+        "train_steps": 8,
+        "log_every": 2,
+        "eval_every": 0,
+        "checkpoint_every": 3,
+        "keep_checkpoints": 2,
+        "ema_decay": 0.9,
+        "fsdp": 1,
+        "optim": {
+            "name": "adamw",
+            "learning_rate": 1e-2,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "layer_decay": 1.0,
+            "clip_norm": 10.0,
+            "warmup_steps": 2,
+            "warmup_ratio": 0.1,
+            "schedule": {"name": "linear", "end_factor": 0.5},
+        },
+    }
+    for key, value in changes.items():
+        inner, _, last = key.rpartition("__")
+        (config[inner] if inner else config)[last] = value
+    return ConfigDict(config).lock()
+
+
+def _state(workdir, step=None):
+    with checkpoint.open_manager(workdir) as manager:
+        step = manager.latest_step() if step is None else step
+        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+
+
+def _lines(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith("_per_sec")} for line in lines]
+
+
+def _assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def test_a_run_trains_logs_evaluates_and_compiles_once(toy, tmp_path):
+    TRACES.clear()
+    variants = {"double": {"scale": 2.0}}
+    config = _config(train_steps=30, eval_every=15, log_every=5, optim__learning_rate=0.05, eval_variants=variants)
+    metrics = train.train(config, tmp_path)
+    assert len(TRACES) == 1
+    lines = _lines(tmp_path)
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [5, 10, 15, 20, 25, 30]
+    assert set(training[0]) == {"step", "loss", "error", "learning_rate", "grad_norm"}
+    assert training[-1]["loss"] < 0.5 * training[0]["loss"]
+    assert training[-1]["learning_rate"] == pytest.approx(0.05 * (1 - 0.5 * 29 / 30), rel=1e-6)
+    assert '"images_per_sec"' in (tmp_path / "metrics.jsonl").read_text()
+    assert [(line["step"], sorted(line)[0]) for line in lines if "loss" not in line] == [
+        (15, "line/error"),
+        (30, "double/error"),
+    ]
+    assert toy.evaluations == ["line", "line", "double"]
+    assert set(metrics) == {"line/error", "double/error"}
+    assert metrics["line/error"] != metrics["double/error"]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
+    environment = json.loads((tmp_path / "env.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+    assert environment["devices"]["count"] == 8
+    events = b"".join(file.read_bytes() for file in tmp_path.glob("events.out.tfevents.*"))
+    assert b"train/loss" in events
+    assert b"panels/a" in events
+
+
+def test_evaluation_only_repeats_the_final_metrics(toy, tmp_path):
+    metrics = train.train(_config(), tmp_path)
+    steps = len(toy.steps)
+    (tmp_path / "metrics.json").unlink()
+    assert train.evaluate(_config(), tmp_path) == metrics
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert len(toy.steps) == steps
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        train.evaluate(_config(), tmp_path / "absent")
+
+
+@pytest.mark.parametrize("how", ["preemption", "crash", "more steps"])
+def test_stopping_and_going_on_gives_the_same_bits(toy, tmp_path, monkeypatch, how):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    config = _config(optim__schedule={"name": "constant"})
+    metrics = train.train(config, whole)
+    expected_steps, toy.steps[:] = list(toy.steps), []
+    if how == "preemption":
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.CheckpointManager, "reached_preemption", lambda self, step: step == 4)
+            with pytest.raises(SystemExit, match="goes on from step 4"):
+                train.train(config, parts)
+        first = 4
+    elif how == "crash":
+        toy.fail_at = 5
+        with pytest.raises(OSError, match="disk gone"):
+            train.train(config, parts)
+        toy.fail_at, first = None, 3
+    else:
+        train.train(_config(optim__schedule={"name": "constant"}, train_steps=4, checkpoint_every=0), parts)
+        first = 4
+    assert (checkpoint.latest_step(parts), toy.steps[:first]) == (first, expected_steps[:first])
+    toy.steps[:] = []
+    assert train.train(config, parts) == metrics
+    assert toy.steps == expected_steps[first:]
+    _assert_same_bits(_state(parts), _state(whole))
+    assert int(_state(parts)["model_state"]["seen"]["count"]) == 8
+    if how != "more steps":
+        assert _lines(parts) == _lines(whole)
+
+
+def test_a_finished_run_is_only_evaluated_again(toy, tmp_path):
+    metrics = train.train(_config(), tmp_path)
+    lines, state = _lines(tmp_path), _state(tmp_path)
+    assert train.train(_config(), tmp_path) == metrics
+    assert _lines(tmp_path) == lines
+    _assert_same_bits(_state(tmp_path), state)
+
+
+@pytest.mark.parametrize(("log_every", "seen_at"), [(1, 5), (100, 6)])
+def test_a_loss_that_is_not_finite_stops_and_is_never_saved(toy, tmp_path, log_every, seen_at):
+    config = _config(task__broken_at=5, log_every=log_every, checkpoint_every=3)
+    with pytest.raises(FloatingPointError, match=rf"step {seen_at}: .*grad_norm=nan.*loss=nan"):
+        train.train(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 3
+    finite = jax.tree.map(lambda x: bool(np.isfinite(x).all()), _state(tmp_path))
+    assert all(jax.tree.leaves(finite))
+
+
+def test_any_mesh_gives_the_same_result(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_BYTES", 1)
+    train.train(_config(fsdp=4), tmp_path / "eight")
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda fsdp: make_mesh(1, jax.devices()[:1]))
+    train.train(_config(), tmp_path / "one")
+    one, eight = _state(tmp_path / "one")["params"], _state(tmp_path / "eight")["params"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one, eight)
+
+
+def test_moving_average_follows_the_parameters(toy, tmp_path):
+    train.train(_config(train_steps=2, checkpoint_every=1, ema_decay=0.9), tmp_path)
+    first, second = _state(tmp_path, 1), _state(tmp_path, 2)
+    expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, first["ema_params"], second["params"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), second["ema_params"], expected)
+    _, variables = checkpoint.load_inference(tmp_path)
+    _assert_same_bits(variables["params"], second["ema_params"])
+
+
+def test_start_from_takes_over_weights(toy, tmp_path):
+    train.train(_config(ema_decay=0.0), tmp_path / "a")
+    start_from = {"params": str(tmp_path / "a"), "model_state/seen": ""}
+    train.train(_config(train_steps=1, optim__learning_rate=0.0, start_from=start_from), tmp_path / "b")
+    _assert_same_bits(_state(tmp_path / "b")["params"], _state(tmp_path / "a")["params"])
+    assert int(_state(tmp_path / "b")["model_state"]["seen"]["count"]) == 1
+
+    weights = {"a": np.ones(2), "b": np.full(2, 2.0), "spare": np.ones(1)}
+    checkpoint.save_inference(tmp_path / "weights", weights, _config())
+    train.train(_config(train_steps=1, start_from={"model_state/frozen": str(tmp_path / "weights")}), tmp_path / "c")
+    _assert_same_bits(_state(tmp_path / "c")["model_state"]["frozen"], {"a": np.ones(2), "b": np.full(2, 2.0)})
+
+
+def test_frozen_weights_must_be_complete(toy, tmp_path):
+    checkpoint.save_inference(tmp_path / "weights", {"a": np.ones(2)}, _config())
+    with pytest.raises(ValueError, match=r"'model_state/frozen' is never trained, but .* lacks model_state/frozen/b"):
+        train.train(_config(start_from={"model_state/frozen": str(tmp_path / "weights")}), tmp_path / "run")
+
+
+def test_batches_are_split_over_all_devices():
+    mesh = sharding.make_mesh(fsdp=2)
+    batch = sharding.shard_batch(_batch(0, 0, 16), mesh)
+    assert set(batch) == {"image", "depth", "id"}
+    assert {shard.data.shape for shard in batch["image"].addressable_shards} == {(2, 4, 4, 3)}
+    assert len(batch["id"].sharding.device_set) == 8
+    with pytest.raises(ValueError, match="batch_size=12 must be divisible by 8 devices; use 8 or 16"):
+        sharding.shard_batch(_batch(0, 0, 12), mesh)
+
+
+def test_randomness_changes_from_step_to_step(toy, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "_batch", lambda seed, step, size: _BATCH(0, 0, size))
+    train.train(_config(train_steps=2, log_every=1, optim__learning_rate=0.0), tmp_path)
+    first, second = (line["loss"] for line in _lines(tmp_path) if "loss" in line)
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 30}, "batch_size=30 must be divisible by 8 devices; use 24 or 32"),
+        ({"eval_batch_size": 4}, "eval_batch_size=4 must be divisible by 8 devices; use 8"),
+        ({"fsdp": 3}, r"fsdp=3 must divide the 8 devices; use one of \[1, 2, 4, 8\]"),
+        ({"train_steps": 0}, "train_steps=0 must be at least 1"),
+        ({"log_every": 0}, "log_every=0 must be at least 1"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0 must be in"),
+        ({"data__size": 8}, "data.size=8 must be task.image_size=4"),
+        ({"eval_variants": {"x": {"nois": 1}}}, "eval_variants.x: 'nois' is unknown; did you mean 'noise'"),
+        ({"optim__layer_decay": 0.9}, "layer_decay=0.9 needs parameters named backbone"),
+    ],
+)
+def test_what_cannot_work_is_a_clear_error(toy, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.train(_config(**changes), tmp_path)
+    assert checkpoint.latest_step(tmp_path) == -1
+
+
+def test_missing_keys_are_named(toy, tmp_path):
+    config = _config().to_dict()
+    del config["seed"], config["optim"]
+    with pytest.raises(ValueError, match="config: seed, optim must be given"):
+        train.train(ConfigDict(config), tmp_path)
+
+
+def test_stages_run_in_order_and_only_once(toy, tmp_path):
+    second = _config(name="second", train_steps=2, start_from={"params": "{workdir}/z_first"})
+    config = ConfigDict({"stages": {"a_second": second, "z_first": _config(name="first", train_steps=2)}}).lock()
+    metrics = main.run(config, tmp_path)
+    assert toy.evaluations == ["first", "second"]
+    assert set(metrics) == {"first/error", "second/error"}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert json.loads((tmp_path / "a_second" / "config.json").read_text())["start_from"] == {
+        "params": f"{tmp_path}/z_first"
+    }
+    (tmp_path / "a_second" / "metrics.json").unlink()
+    assert main.run(config, tmp_path) == metrics
+    assert toy.evaluations == ["first", "second", "second"]
+    assert main.run(config, tmp_path, "eval") == metrics
+    with pytest.raises(ValueError, match="mode='predict' must be one of"):
+        main.run(config, tmp_path, "predict")
+
+
+def test_importing_the_loop_does_not_import_tensorflow():
+    code = "import sys, aitok_jax.main; sys.exit('tensorflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
