@@ -135,7 +135,7 @@ def load_inference(path: str | Path, step: int | None = None) -> tuple[ConfigDic
     step = max(steps) if step is None else step
     if step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} in {folder}; there are {sorted(steps)}")
-    with _manager(folder, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _manager(folder, ocp.CheckpointManagerOptions(create=False)) as manager:
         tree = manager.item_metadata(step).inference.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         restore = ocp.args.PyTreeRestore(restore_args=as_numpy)

@@ -110,10 +110,12 @@ def test_adamw_is_the_textbook_update():
             np.testing.assert_allclose(params[k], expected[k], rtol=2e-6)
 
 
-def test_clipping_leaves_small_gradients_alone():
+def test_clipping_is_pytorchs():
     grads = {"a": jnp.array([3.0, 4.0])}
     clip = optim.clip_by_global_norm(10.0)
     np.testing.assert_array_equal(clip.update(grads, clip.init(grads))[0]["a"], grads["a"])
+    tight = optim.clip_by_global_norm(1e-6)  # scale 1e-6 / (2e-6 + 1e-6)
+    np.testing.assert_allclose(tight.update({"a": jnp.array([2e-6])}, tight.init(grads))[0]["a"], 2e-6 / 3, rtol=1e-5)
 
 
 def test_layer_scale_follows_any_depth_and_scales_update_and_decay():

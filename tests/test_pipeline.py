@@ -1,6 +1,7 @@
 import itertools
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -151,6 +152,16 @@ def test_eval_covers_everything_once_and_pads(count, batch_size, steps):
         np.testing.assert_allclose(joined["image"][i], expected["image"] / 255, rtol=1e-6)
 
 
+def test_a_slow_example_does_not_change_the_order():
+    class Slow(Frames):
+        def read(self, index):
+            time.sleep(0.1 if index == 0 else 0)
+            return super().read(index)
+
+    batches = pipeline.eval_batches(Slow(6), transforms.evaluation(), batch_size=3)
+    assert [batch["id"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_depth_only_source(tmp_path):
     write_folder(tmp_path, 3)
     source = nyu.NyuSource(tmp_path, images=False)
@@ -278,6 +289,7 @@ def test_build_solver_and_tokenizer(tmp_path):
     assert batch["image"].shape == (2, 12, 16, 3)
 
     data = pipeline.build(data_config(tmp_path, recipe="tokenizer", columns=(3, 14)))
+    assert not data.train.images
     (batch,) = take(pipeline.train_batches(data.train, data.train_transform, batch_size=2, seed=0), 1)
     assert set(batch) == {"depth", "id", "mask"}
     (batch,) = pipeline.eval_batches(data.eval, data.eval_transform, batch_size=2)

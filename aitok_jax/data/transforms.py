@@ -148,7 +148,7 @@ def tone_table(alpha: Any, beta: Any, gamma: Any) -> Any:
 
     alpha, beta, gamma = (tf.cast(x, tf.float64) for x in (alpha, beta, gamma))
     x = tf.floor(tf.clip_by_value(tf.range(256, dtype=tf.float64) * alpha + 255 * beta, 0, 255))
-    return tf.cast(255 * (x / 255) ** gamma + 1e-6, tf.uint8)
+    return tf.cast(255 * (x / 255) ** gamma, tf.uint8)
 
 
 def shift_hsv(image: Any, shifts: Any) -> Any:
