@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from aitok_jax import config_utils
 from aitok_jax.train_state import TrainState
 
+LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 # A run goes on only where these agree with its checkpoint; all else (lengths, intervals, paths) may change.
 FIXED_KEYS = ("name", "seed", "batch_size", "task", "optim.name", "ema_decay")
@@ -99,7 +100,7 @@ def _check_same_run(saved: Mapping, config: ConfigDict, where: Path) -> None:
             + "\n  ".join(fixed)
         )
     for line in lines.values():
-        logging.info("resuming with a changed value: %s", line)
+        LOG.info("resuming with a changed value: %s", line)
 
 
 def _check_shapes(saved: Any, wanted: Any, where: Path) -> None:

@@ -3,21 +3,24 @@
     python -m aitok_jax.main --config=configs/X.py[:name=value,...] --workdir=DIR [--mode=train|eval]
         [--config.key=value ...] [--multihost]
 
-The same command goes on from the latest checkpoint in DIR. `--mode=eval` evaluates that checkpoint and trains nothing.
+The same command goes on from the latest checkpoint in DIR; `--mode=eval` evaluates that checkpoint and trains nothing.
 `--multihost` starts jax.distributed (TPU pods, Slurm, or JAX_COORDINATOR_ADDRESS and friends).
 """
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
 
+import absl.logging
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from aitok_jax import checkpoint, config_utils, run_dir, train
 
+LOG = logging.getLogger("aitok_jax")
 MODES = {"train": train.train, "eval": train.evaluate}
 
 
@@ -25,25 +28,20 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "train") -> dict[st
     """Trains or evaluates a config of one run, or its `stages` one after the other, each in WORKDIR/STAGE.
 
     A stage that mentions '{workdir}/OTHER' runs after the stage OTHER; one that is finished is not trained again.
-
-    Returns:
-      The metrics of all stages, also written to WORKDIR/metrics.json.
+    Returns the metrics of all stages, also written to WORKDIR/metrics.json.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} must be one of {tuple(MODES)}")
     if "stages" not in config:
         return MODES[mode](config_utils.format_workdir(config, str(workdir)), workdir)
     folder, metrics = run_dir.RunDir(workdir), {}
-    folder.write_json("config.json", json.loads(config_utils.to_json(config)))
+    folder.write_json("config.json", config.to_dict())
     for name in config_utils.stage_order(config.stages):
         stage = config_utils.format_workdir(config.stages[name], str(workdir))
         done = folder.path / name / "metrics.json"
-        if mode == "train" and done.exists() and checkpoint.latest_step(done.parent) >= stage.train_steps:
-            logging.info("stage %s is finished: %s", name, done)
-            metrics |= json.loads(done.read_text())
-        else:
-            logging.info("stage %s in %s", name, done.parent)
-            metrics |= MODES[mode](stage, done.parent)
+        skip = mode == "train" and done.exists() and checkpoint.latest_step(done.parent) >= stage.train_steps
+        LOG.info("stage %s in %s%s", name, done.parent, " is finished" if skip else "")
+        metrics |= json.loads(done.read_text()) if skip else MODES[mode](stage, done.parent)
     folder.write_json("metrics.json", metrics)
     return metrics
 
@@ -65,7 +63,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(_: list[str]) -> None:
-    logging.set_verbosity(logging.INFO)
+    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells a lot
+    LOG.setLevel(logging.INFO)
     if flags.FLAGS.multihost:
         jax.distributed.initialize()
     for name, value in run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode).items():

@@ -8,7 +8,6 @@ and started again gives the same bits as one that was not.
 
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import time
@@ -27,6 +26,7 @@ from aitok_jax import checkpoint, config_utils, evaluators, optim, run_dir, shar
 from aitok_jax.data import pipeline
 from aitok_jax.train_state import TrainState
 
+LOG = logging.getLogger(__name__)
 Batch = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 _REQUIRED = ("name", "seed", "task", "data", "batch_size", "eval_batch_size", "train_steps", "log_every", "eval_every")
@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         batches, example = _batches(run, start)
         optimizer = optim.make_optimizer(config.optim, config.train_steps)
         state, shardings = restore_or_init(run, manager, optimizer, example)
-        run.folder.write_json("config.json", json.loads(config_utils.to_json(config)))
+        run.folder.write_json("config.json", config.to_dict())
         run.folder.write_json("env.json", run_dir.environment(run.mesh))
         if start >= config.train_steps:
             return evaluate_all(run, state.inference_params, state.model_state)
@@ -145,7 +145,7 @@ def restore_or_init(
 
     abstract = jax.eval_shape(lambda batch: create(init(batch)), example)
     shardings = sharding.state_shardings(abstract, run.mesh)
-    logging.info("%s parameters", f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,}")
+    LOG.info("%s parameters", f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,}")
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     state = checkpoint.restore_latest(manager, target, run.config)
     if state is None:
@@ -162,7 +162,7 @@ def _start_from(variables: dict, config: ConfigDict) -> dict:
             continue
         _, source = checkpoint.load_inference(path)
         variables, report = checkpoint.merge(variables, source, prefix)
-        logging.info("start_from %s <- %s: %s", prefix, path, report)
+        LOG.info("start_from %s <- %s: %s", prefix, path, report)
         if prefix.startswith("model_state") and report.missing:
             raise ValueError(f"start_from: {prefix!r} is never trained, but {path} lacks {', '.join(report.missing)}")
     return variables
@@ -202,7 +202,7 @@ def make_step(run: Run, optimizer: optax.GradientTransformation, shardings: Trai
 def _compile(step: Any, state: TrainState, example: Batch) -> Step:
     started = time.perf_counter()
     compiled = step.lower(state, example).compile()
-    logging.info("training step compiled in %.1f s", time.perf_counter() - started)
+    LOG.info("training step compiled in %.1f s", time.perf_counter() - started)
     return compiled
 
 

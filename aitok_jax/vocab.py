@@ -25,7 +25,7 @@ class Window:
 class Vocabulary:
     """Lays the windows out one after the other: coordinates, classes, specials, mask codes, depth codes, spare codes.
 
-    The defaults are the published ones: 2339 tokens, or 2467 with the 128 spare codes of the detection and joint set-ups.
+    The defaults are the published ones: 2339 tokens, or 2467 with the 128 spare codes of the joint set-ups.
 
     Attributes:
         num_bins: coordinate tokens run over 0..num_bins, so there are num_bins + 1 of them.

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-_DERIVED = re.compile(r"relative_(coords_table|position_index)$|(^|\.)enc_embed$|_head\.(transformer|loss_seq)\.|attn_mask$")
+_DERIVED = re.compile(
+    r"relative_(coords_table|position_index)$|(^|\.)enc_embed$|_head\.(transformer|loss_seq)\.|attn_mask$"
+)
 _TOKENIZER = re.compile(r"^(depth|insseg)_head\.vqvae\.")
 _TOKENIZER_NAMES = {"depth": "depth_tokenizer", "insseg": "mask_tokenizer"}
 _RENAMED = {"det_embed": "task_embed"}

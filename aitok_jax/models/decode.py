@@ -1,4 +1,4 @@
-"""Decoding: one `lax.scan` over the steps with a key/value cache, or one pass for the parallel model (AIT.md section 4)."""
+"""Decoding: one `lax.scan` over the steps with a key/value cache, or one pass if parallel (AIT.md section 4)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Decoded:
 
 
 def nucleus(probabilities: jax.Array, top_p: float) -> jax.Array:
-    """Keeps the most probable entries until their sum exceeds `top_p` (that one included), renormalised: [...,K] -> [...,K].
+    """Keeps the most probable entries until their sum exceeds `top_p` (that one included), renormalised.
 
     top_p 0 keeps the most probable entry alone, 1 keeps all.
     """

@@ -1,4 +1,4 @@
-"""Vector quantizer: nearest code with a straight-through gradient and an EMA or a learned codebook (AIT.md section 2)."""
+"""Vector quantizer: nearest code, straight-through gradient, EMA or learned codebook (AIT.md section 2)."""
 
 from __future__ import annotations
 
@@ -39,13 +39,18 @@ def nearest_codes(z: jax.Array, embedding_KD: jax.Array) -> jax.Array:
 
 
 def ema_update(
-    cluster_size_K: jax.Array, ema_w_KD: jax.Array, counts_K: jax.Array, sums_KD: jax.Array, decay: float, epsilon: float
+    cluster_size_K: jax.Array,
+    ema_w_KD: jax.Array,
+    counts_K: jax.Array,
+    sums_KD: jax.Array,
+    decay: float,
+    epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One EMA step of the codebook: (cluster sizes, sums, codebook). The Laplace smoothing is written back into the sizes.
+    """One EMA step of the codebook: (cluster sizes, sums, codebook). The smoothing is written back into the sizes.
 
     N ← decay·N + (1−decay)·n;  N ← (N+ε)/(ΣN+Kε)·ΣN;  m ← decay·m + (1−decay)·Σz;  codebook ← m/N.
     """
-    size_K = decay * cluster_size_K + (1 - decay) * counts_K
+    size_K = decay * size_K + (1 - decay) * counts_K
     total = jnp.sum(size_K)
     size_K = (size_K + epsilon) / (total + size_K.shape[0] * epsilon) * total
     ema_w_KD = decay * ema_w_KD + (1 - decay) * sums_KD
@@ -55,8 +60,8 @@ def ema_update(
 class Quantizer(nn.Module):
     """Nearest-code quantizer.
 
-    With `ema` the codebook lives in the collection `codebook` (embedding, cluster_size, ema_w) and moves by `ema_update`
-    in training. The sums run over the global batch, so that in data-parallel training every device holds the same
+    With `ema` the codebook lives in the collection `codebook` (embedding, cluster_size, ema_w) and moves by
+    `ema_update` in training. The sums run over the global batch, so that in data-parallel training every device holds the same
     codebook; the published system updates each replica from its own part. Without `ema` the codebook is a parameter.
 
     Attributes:
@@ -86,8 +91,7 @@ class Quantizer(nn.Module):
             self.ema_w = self.variable("codebook", "ema_w", self._normal, shape)
         else:
             k = self.num_codes
-            init = lambda key, shape: jax.random.uniform(key, shape, minval=-1 / k, maxval=1 / k)
-            self.learned = self.param("embedding", init, shape)
+            self.learned = self.param("embedding", jax.random.uniform, shape, jnp.float32, -1 / k, 1 / k)
 
     def _normal(self, shape):
         return jax.random.normal(self.make_rng("params"), shape)

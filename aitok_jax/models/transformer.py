@@ -1,9 +1,8 @@
-"""The solver's encoder–decoder over one flat vocabulary, with an explicit key/value cache for decoding (AIT.md section 4)."""
+"""The solver's encoder–decoder over one flat vocabulary, with an explicit key/value cache (AIT.md section 4)."""
 
 from __future__ import annotations
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,7 @@ KeyValue = tuple[jax.Array, jax.Array]  # each [B, T, heads, d]
 
 
 def sine_positions(height: int, width: int, dim: int) -> np.ndarray:
-    """f32[height·width, dim]: rows in the first half of the channels, columns in the second, sine and cosine interleaved."""
+    """f32[height·width, dim]: rows in the first half of the channels, columns in the second; sine, cosine, sine, …"""
     half = dim // 2
     frequency = 10000.0 ** (2 * (np.arange(half) // 2) / half)
     table = np.zeros((height, width, dim), np.float64)
@@ -235,7 +234,7 @@ class TokenTransformer(nn.Module):
     def decode(
         self, memory: list[KeyValue], tokens_BT: jax.Array, task: int | jax.Array, train: bool = False
     ) -> jax.Array:
-        """Teacher forcing: the logits f32[B,T+1,V] of every position after the task embedding and the first T tokens."""
+        """Teacher forcing: logits f32[B,T+1,V] of every position, after the task embedding and the first T tokens."""
         x = jnp.concatenate([self.start(task, tokens_BT.shape[0]), self.embed(tokens_BT)], axis=1)
         x = x + self.positions(task, x.shape[1])
         for block, keys_values in zip(self.decoder.blocks, memory, strict=True):

@@ -36,11 +36,14 @@ class TransposedConv(nn.Module):
         bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x_BHWC, kernel_44CF, bias_F))
         taps = ((3, 1), (2, 0))  # kernel rows of an even and of an odd output row
+        layout = ("NHWC", "HWIO", "NHWC")
 
         def part(p: int, q: int) -> jax.Array:
             taps_22CF = kernel[np.array(taps[p])][:, np.array(taps[q])]
             padding = ((1 - p, p), (1 - q, q))
-            return jax.lax.conv_general_dilated(x, taps_22CF, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            return jax.lax.conv_general_dilated(
+                x, taps_22CF, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
 
         rows = [jnp.stack([part(p, 0), part(p, 1)], axis=3) for p in (0, 1)]  # B H W 2 F
         y = jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, self.features)
@@ -67,7 +70,12 @@ class ResidualBlock(nn.Module):
 
         def norm(index):
             return nn.BatchNorm(
-                not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name=f"net_{index}"
+                not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=f"net_{index}",
             )
 
         if self.batch_norm:
@@ -110,9 +118,9 @@ class Encoder(nn.Module):
             x = nn.relu(_conv(self.hidden * 2**i, 4, f"layers_{2 * i}", self, stride=2)(x))
         top = 2 * stages
         for i in range(self.num_res_blocks):
-            x = ResidualBlock(
-                x.shape[-1], self.batch_norm, self.dtype, self.param_dtype, name=f"layers_{top + i}"
-            )(x, train)
+            x = ResidualBlock(x.shape[-1], self.batch_norm, self.dtype, self.param_dtype, name=f"layers_{top + i}")(
+                x, train
+            )
         return _conv(self.code_dim, 1, f"layers_{top + self.num_res_blocks}", self)(x).astype(jnp.float32)
 
 

@@ -169,7 +169,9 @@ def _check_layout(task: DepthTask) -> None:
             f"{task.vocabulary.num_depth_codes}"
         )
     if transformer.vocab_size != task.vocabulary.size:
-        raise ValueError(f"vocab_size={transformer.vocab_size} must equal the vocabulary's {task.vocabulary.size} tokens")
+        raise ValueError(
+            f"vocab_size={transformer.vocab_size} must equal the vocabulary's {task.vocabulary.size} tokens"
+        )
     if transformer.parallel and task.soft_input:
         raise ValueError("the parallel model has no step to feed a soft token to: set soft_input=False")
 
@@ -189,6 +191,4 @@ def build(fields: Mapping) -> DepthTask:
     vocabulary = build_dataclass(Vocabulary, {"num_depth_codes": tokenizer.num_codes, **fields.pop("vocabulary", {})})
     transformer = build_dataclass(TokenTransformer, {"vocab_size": vocabulary.size, **fields.pop("transformer")})
     solver = TaskSolver(build_dataclass(SwinV2, fields.pop("backbone")), transformer)
-    return build_dataclass(
-        DepthTask, {**fields, "solver": solver, "tokenizer": tokenizer, "vocabulary": vocabulary}
-    )
+    return build_dataclass(DepthTask, {**fields, "solver": solver, "tokenizer": tokenizer, "vocabulary": vocabulary})

@@ -22,8 +22,8 @@ class DepthTokenizerTask:
     Attributes:
         tokenizer: the VQ-VAE.
         image_size: side of the training maps in pixels.
-        mask_ratio, mask_patch: mask augmentation: this share of the patches of the input is set to zero, and the loss is
-            taken against the unmasked map. 0 turns it off.
+        mask_ratio, mask_patch: mask augmentation: this share of the patches of the input is set to zero, and the loss
+            is taken against the unmasked map. 0 turns it off.
         eval_crop, max_depth: see `Task`.
     """
 

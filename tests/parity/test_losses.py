@@ -35,9 +35,11 @@ def state_of(case):
 def test_depth_loss(name, kind):
     case = cases.load(name)
     depth = case["in/depth_map"][:, 0]
-    weights = {"aux_weight": 0.0} if kind == "depthw0" else {
-        "aux_weight": case.hp["depth"]["decoder_loss_weight"], "loss_weight": case.hp["depth"]["loss_weight"]
-    }
+    weights = (
+        {"aux_weight": 0.0}
+        if kind == "depthw0"
+        else {"aux_weight": case.hp["depth"]["decoder_loss_weight"], "loss_weight": case.hp["depth"]["loss_weight"]}
+    )
     task, state = depth_task(case.hp, depth.shape[-1], **weights), state_of(case)
     targets = task.targets(state, depth)
     np.testing.assert_array_equal(targets, case["out/depth_target_seq"])

@@ -1,4 +1,4 @@
-"""Every parameter of the full-size published models has exactly one counterpart of the right shape; nothing is allocated."""
+"""Every parameter of the published models has exactly one counterpart of the right shape; nothing is allocated."""
 
 import json
 
@@ -67,9 +67,11 @@ OURS = {
     "depth_l_parallel": lambda: solver_shapes(480, SWIN_L, 2339, True) | depth_vqvae("model_state/depth_tokenizer/"),
     "det_b": lambda: solver_shapes(640, SWIN_B, 2339),
     "insseg_b": lambda: solver_shapes(640, SWIN_B, 2467) | mask_vqvae("model_state/mask_tokenizer/"),
-    "joint_b": lambda: solver_shapes(640, SWIN_B, 2467)
-    | mask_vqvae("model_state/mask_tokenizer/")
-    | depth_vqvae("model_state/depth_tokenizer/"),
+    "joint_b": lambda: (
+        solver_shapes(640, SWIN_B, 2467)
+        | mask_vqvae("model_state/mask_tokenizer/")
+        | depth_vqvae("model_state/depth_tokenizer/")
+    ),
 }
 
 

@@ -1,10 +1,8 @@
 """Learning rates and parameter groups of the published system, number for number."""
 
 import json
-import os
-import re
-from pathlib import Path
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,15 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from aitok_jax import optim
+from aitok_jax.convert import rules
 
-PARITY = Path(os.environ.get("AITOK_PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
 TOLERANCE = 1e-6
-
-
-def _cases(pattern: str) -> list:
-    files = sorted(PARITY.glob(pattern)) if PARITY.is_dir() else []
-    skip = pytest.param(None, marks=pytest.mark.skip(reason=f"no {pattern} in {PARITY}; set AITOK_PARITY_DIR"))
-    return [pytest.param(file, id=file.stem) for file in files] or [skip]
 
 
 def _config_of(hp: dict) -> tuple[ConfigDict, int]:
@@ -49,10 +41,10 @@ def _config_of(hp: dict) -> tuple[ConfigDict, int]:
     ), steps
 
 
-@pytest.mark.parametrize("file", _cases("lr_tables*.npz"))
-def test_learning_rates(file):
-    tables = np.load(file)
-    for name, hp in json.loads((file.parent / "notes.json").read_text())[file.stem]["hp"].items():
+@cases.find("lr_tables*")
+def test_learning_rates(name):
+    tables = cases.load(name)
+    for name, hp in tables.hp.items():
         expected = tables[f"{name}/lr"]
         steps = tables[f"{name}/iters"] if f"{name}/iters" in tables else np.arange(len(expected))
         config, train_steps = _config_of(hp)
@@ -61,25 +53,10 @@ def test_learning_rates(file):
         np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, err_msg=name)
 
 
-def _to_ours(name: str) -> str:
-    try:
-        from aitok_jax.convert import rules
-    except ImportError:
-        return _small_mapping(name)
-    return rules.to_ours(name)
-
-
-def _small_mapping(name: str) -> str:
-    name = re.sub(r"\.(layers|blocks|rpe_mlp)\.(\d+)", r".\1_\2", name)
-    name = name.replace("backbone.norm3", "backbone.norm").replace("det_embed", "task_embed")
-    is_norm = re.search(r"(norm\d?|_ln)\.weight$", name)
-    return re.sub(r"weight$", "scale" if is_norm else "kernel", name).replace(".", "/")
-
-
 def _ours_tree(shapes: dict[str, list[int]]) -> dict:
     tree = {}
     for name, shape in shapes.items():
-        *folders, leaf = _to_ours(name).split("/")
+        *folders, leaf = rules.to_ours(name).split("/")
         node = tree
         for folder in folders:
             node = node.setdefault(folder, {})
@@ -93,9 +70,9 @@ def _at(tree: dict, path: str):
     return tree
 
 
-@pytest.mark.parametrize("file", _cases("optim_groups*.json"))
-def test_parameter_groups(file):
-    groups = json.loads(file.read_text())
+@cases.find("optim_groups*", ".json")
+def test_parameter_groups(name):
+    groups = json.loads((cases.directory() / f"{name}.json").read_text())
     meta = groups.pop("meta")
     for model, decays in groups.items():
         for rate, expected in decays.items():
@@ -105,6 +82,6 @@ def test_parameter_groups(file):
             scales, mask = optim.layer_scales(params, float(rate)), optim.decay_mask(params)
             assert len(jax.tree.leaves(params)) == len(expected), "two published names map to one of ours"
             for name, (scale, weight_decay) in expected.items():
-                path = _to_ours(name)
+                path = rules.to_ours(name)
                 assert _at(scales, path) == pytest.approx(scale, rel=TOLERANCE), (model, rate, name)
                 assert _at(mask, path) == (weight_decay > 0), (model, rate, name)

@@ -17,8 +17,10 @@ DEPTH = 2
 
 def vocabulary(hp) -> Vocabulary:
     ours = Vocabulary(hp["num_bins"], hp["num_classes"], hp["num_embeddings"], hp["num_embeddings_depth"])
-    return Vocabulary(*[getattr(ours, f) for f in ("num_bins", "num_classes", "num_mask_codes", "num_depth_codes")],
-                      num_spare=hp["num_vocal"] - ours.size)
+    return Vocabulary(
+        *[getattr(ours, f) for f in ("num_bins", "num_classes", "num_mask_codes", "num_depth_codes")],
+        num_spare=hp["num_vocal"] - ours.size,
+    )
 
 
 @pytest.fixture
@@ -100,14 +102,13 @@ def test_parallel_teacher_forcing(case, params):
 def decode_depth(case, params, *, parallel=False, **options):
     model = build(case, params, parallel)
     memory = model.apply(
-        {"params": params}, model.apply({"params": params}, cases.nhwc(case["in/src_small"]), method="encode"),
+        {"params": params},
+        model.apply({"params": params}, cases.nhwc(case["in/src_small"]), method="encode"),
         method="memory_keys_values",
     )
     window = vocabulary(case.hp).depth_codes
     length = int(case["in/depth_pred_len"])
-    run = jax.jit(
-        lambda p, m: decode.decode(model, p, m, task=DEPTH, length=length, window=window, **options)
-    )
+    run = jax.jit(lambda p, m: decode.decode(model, p, m, task=DEPTH, length=length, window=window, **options))
     return run(params, memory), window
 
 

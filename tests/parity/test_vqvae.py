@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from aitok_jax.convert import rules
 from aitok_jax.models.quantizer import Quantizer
