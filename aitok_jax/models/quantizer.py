@@ -39,7 +39,7 @@ def nearest_codes(z: jax.Array, embedding_KD: jax.Array) -> jax.Array:
 
 
 def ema_update(
-    cluster_size_K: jax.Array,
+    size_K: jax.Array,
     ema_w_KD: jax.Array,
     counts_K: jax.Array,
     sums_KD: jax.Array,
@@ -61,8 +61,9 @@ class Quantizer(nn.Module):
     """Nearest-code quantizer.
 
     With `ema` the codebook lives in the collection `codebook` (embedding, cluster_size, ema_w) and moves by
-    `ema_update` in training. The sums run over the global batch, so that in data-parallel training every device holds the same
-    codebook; the published system updates each replica from its own part. Without `ema` the codebook is a parameter.
+    `ema_update` in training. The sums run over the global batch, so that in data-parallel training every device holds
+    the same codebook; the published system updates each replica from its own part. Without `ema` the codebook is a
+    parameter.
 
     Attributes:
         num_codes: K.

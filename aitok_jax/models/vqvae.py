@@ -36,7 +36,6 @@ class TransposedConv(nn.Module):
         bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x_BHWC, kernel_44CF, bias_F))
         taps = ((3, 1), (2, 0))  # kernel rows of an even and of an odd output row
-        layout = ("NHWC", "HWIO", "NHWC")
 
         def part(p: int, q: int) -> jax.Array:
             taps_22CF = kernel[np.array(taps[p])][:, np.array(taps[q])]

@@ -1,0 +1,102 @@
+"""Losses against NumPy, and gradients that stay finite where a formula has none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aitok_jax import losses
+
+
+@pytest.fixture(scope="module")
+def maps():
+    """Predictions and targets in metres; a third of the targets is not annotated (0)."""
+    rng = np.random.default_rng(0)
+    prediction, target = rng.uniform(0.1, 9, (2, 2, 6, 7)).astype(np.float32)
+    target[rng.random(target.shape) < 1 / 3] = 0
+    return prediction, target
+
+
+def silog(prediction, target, minimum=0.0):
+    valid = target > 0
+    d = np.log(target[valid]) - np.log(np.maximum(prediction[valid], minimum))
+    return np.sqrt(np.mean(d**2) - 0.5 * np.mean(d) ** 2)
+
+
+def test_every_loss_against_numpy(maps):
+    p, t = maps
+    error = np.abs(p - t)
+    huber = np.where(error < 1, error**2 / 2, error - 0.5)
+    expected = {
+        "mse": (error**2).mean(),
+        "l1": error.mean(),
+        "smooth_l1": huber.mean(),
+        "mse_ignore_zero": (error[t > 0] ** 2).mean(),
+        "silog": silog(p, t),
+    }
+    assert expected.keys() == losses.RECONSTRUCTION.keys()
+    for name, value in expected.items():
+        ours = losses.RECONSTRUCTION[name](p, t)
+        assert (ours.shape, ours.dtype) == ((), jnp.float32)
+        np.testing.assert_allclose(ours, value, rtol=1e-5, err_msg=name)
+
+
+def test_losses_compute_in_float32(maps):
+    p, t = (jnp.asarray(x, jnp.bfloat16) for x in maps)
+    for name, loss in losses.RECONSTRUCTION.items():
+        ours = loss(p, t)
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, loss(p.astype(jnp.float32), t.astype(jnp.float32)), rtol=1e-6, err_msg=name)
+
+
+def test_what_is_not_annotated_does_not_count(maps):
+    p, t = maps
+    other = np.where(t > 0, p, -100)
+    for name in ("mse_ignore_zero", "silog"):
+        loss = losses.RECONSTRUCTION[name]
+        np.testing.assert_array_equal(loss(p, t), loss(other, t))
+        np.testing.assert_array_equal(np.asarray(jax.grad(loss)(other, t))[t == 0], 0)
+        value, gradient = jax.value_and_grad(loss)(p, np.zeros_like(t))
+        assert value == 0
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def test_silog_clips_and_is_nearly_free_of_scale(maps):
+    p, t = maps
+    low = p.copy()
+    low[0, :2] = -1
+    np.testing.assert_allclose(losses.silog(low, t, min_prediction=1e-3), silog(low, t, 1e-3), rtol=1e-5)
+    np.testing.assert_allclose(losses.silog(3 * p, t, variance_focus=1.0), losses.silog(p, t, variance_focus=1.0), rtol=1e-4)
+
+
+def test_silog_gradient_is_finite_where_the_root_has_none(maps):
+    p, t = maps
+    for prediction, minimum in ((t, None), (2 * t + (t == 0), None), (np.zeros_like(p), 1e-3), (t, 1e-3)):
+        value, gradient = jax.value_and_grad(losses.silog)(prediction, t, min_prediction=minimum)
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+    assert losses.silog(t, t) == 0
+
+
+def test_silog_gradient_against_differences(maps):
+    p, t = (x.astype(np.float64) for x in maps)
+    gradient = np.asarray(jax.grad(losses.silog)(p, t))
+    for index in np.argwhere(t > 0)[:5]:
+        step = np.zeros_like(p)
+        step[tuple(index)] = 1e-5
+        np.testing.assert_allclose(gradient[tuple(index)], (silog(p + step, t) - silog(p - step, t)) / 2e-5, rtol=1e-3)
+
+
+def test_cross_entropy_ignores_a_label():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, 5, 3)).astype(np.float32)
+    labels = rng.integers(0, 3, (4, 5))
+    labels[1] = -1
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    valid = labels >= 0
+    expected = -np.log(np.take_along_axis(probabilities, np.maximum(labels, 0)[..., None], -1)[..., 0][valid]).mean()
+    value, gradient = jax.value_and_grad(losses.cross_entropy)(logits, labels)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_array_equal(gradient[1], 0)
+    np.testing.assert_array_equal(losses.cross_entropy(logits, np.full_like(labels, -1)), 0)
+    np.testing.assert_array_equal(losses.cross_entropy(logits, np.where(valid, labels, 7), ignore=7), value)
