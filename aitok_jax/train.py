@@ -159,6 +159,8 @@ def _start_from(variables: dict, config: ConfigDict) -> dict:
     """Takes over weights of other runs, as `config.start_from` says, and logs what was used."""
     for prefix, path in (config.get("start_from") or {}).items():
         if not path:
+            if prefix.startswith("model_state"):
+                raise ValueError(f"start_from: {prefix!r} is never trained; give the run directory of its tokenizer")
             continue
         _, source = checkpoint.load_inference(path)
         variables, report = checkpoint.merge(variables, source, prefix)
@@ -261,7 +263,7 @@ def check_finite(step: int, metrics: dict[str, Any]) -> None:
 
 def evaluate_all(run: Run, params: Any, model_state: Any) -> dict[str, float]:
     """The final evaluation, of the task and of its variants: flat names to numbers, also written to metrics.json."""
-    metrics = _evaluate(run, run.task, params, model_state)
+    metrics = _evaluate(run, run.task, params, model_state, baseline=run.config.get("eval_baseline", False))
     for prefix, task in run.variants.items():
         metrics |= _evaluate(run, task, params, model_state, prefix)
     metrics = {name: float(value) for name, value in metrics.items()}
@@ -269,7 +271,9 @@ def evaluate_all(run: Run, params: Any, model_state: Any) -> dict[str, float]:
     return metrics
 
 
-def _evaluate(run: Run, task: tasks.Task, params: Any, model_state: Any, variant: str = "") -> dict[str, float]:
+def _evaluate(
+    run: Run, task: tasks.Task, params: Any, model_state: Any, variant: str = "", baseline: bool = False
+) -> dict[str, float]:
     return evaluators.evaluate(
         task,
         params,
@@ -278,5 +282,6 @@ def _evaluate(run: Run, task: tasks.Task, params: Any, model_state: Any, variant
         batch_size=run.config.eval_batch_size,
         mesh=run.mesh,
         prefix=variant or run.config.name,
+        baseline=baseline,
         panels_dir=None if variant else run.folder.panels,
     )

@@ -1,7 +1,7 @@
 """Stage 2: depth on NYUv2 with the task solver (AIT.md sections 4-7).
 
     python -m aitok_jax.main --config=configs/nyu.py --workdir=runs/nyu --config.data.root=DATA/nyu \\
-        --config.start_from.tokenizer=runs/vqvae_depth [--config.start_from.backbone=SWIN_V2_RUN]
+        --config.tokenizer=runs/vqvae_depth [--config.backbone=RUN_WITH_A_BACKBONE]
 
 Arguments, for example `configs/nyu.py:backbone=swin_l,parallel`:
     backbone=swin_b    or swin_l
@@ -91,8 +91,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         if arg[name] not in valid:
             raise ValueError(f"{name}={arg[name]!r} must be one of {', '.join(valid)}")
     backbone = BACKBONES[arg.backbone]
-    return ConfigDict(
+    config = ConfigDict(
         {
+            "tokenizer": "",  # run directory of configs/vqvae_depth.py
+            "backbone": "",  # run directory whose backbone to start from; '' starts from random weights
             "name": "depth",
             "seed": 0,
             "task": task_fields(arg),
@@ -119,8 +121,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
             },
             "ema_decay": 0.0,
             "fsdp": 1,
-            "start_from": {"model_state/depth_tokenizer": "", "params/backbone": ""},
             "eval_variants": {"depth_hard": {"soft_input": False, "soft_detokenize": False}} if arg.soft else {},
             "eval_baseline": False,
         }
     )
+    config.start_from = {"params/backbone": config.get_ref("backbone")}
+    if arg.tokenizer == "vqvae":
+        config.start_from["model_state/depth_tokenizer"] = config.get_ref("tokenizer")
+    return config

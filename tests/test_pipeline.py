@@ -335,13 +335,23 @@ def test_tensorflow_gets_no_accelerator():
     assert all(device.device_type == "CPU" for device in tf.config.get_visible_devices())
 
 
-def test_leaving_with_an_open_iterator_is_clean():
-    code = (
-        "import sys; sys.path.insert(0, 'tests'); import test_pipeline as t; "
-        "b = t.pipeline.train_batches(t.Frames(50), t.SOLVER, batch_size=8, seed=0); next(b); print('done')"
-    )
+def test_leaving_with_an_open_iterator_does_not_hang():
+    code = """if True:
+        import sys, time
+        sys.path.insert(0, "tests")
+        import test_pipeline as t
+
+        class Slow(t.Frames):
+            def read(self, index):
+                time.sleep(0.03)
+                return super().read(index)
+
+        batches = t.pipeline.train_batches(Slow(50), t.SOLVER, batch_size=4, seed=0)
+        next(batches)
+        print("done")
+    """
     root = Path(__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", code], check=False, cwd=root, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
 
 

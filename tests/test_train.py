@@ -90,14 +90,14 @@ def toy(monkeypatch, compile_cache):
             yield _batch(seed, step, batch_size)
             step += 1
 
-    def evaluate(task, params, model_state, data, *, batch_size, mesh, prefix, panels_dir=None):
+    def evaluate(task, params, model_state, data, *, batch_size, mesh, prefix, baseline, panels_dir):
         toy.evaluations.append(prefix)
         batch = sharding.shard_batch(_batch(99, 0, batch_size), mesh)
         error = jnp.abs(task.predict(params, model_state, batch)["depth"] - batch["depth"]).mean()
         if panels_dir:
             panels_dir.mkdir(exist_ok=True)
             Image.new("RGB", (8, 4)).save(panels_dir / "a.png")
-        return {f"{prefix}/error": float(error)}
+        return {f"{prefix}/error": float(error)} | ({"baseline/error": 1.0} if baseline else {})
 
     def build(config):
         fields = config.to_dict()
@@ -165,7 +165,8 @@ def _assert_same_bits(a, b):
 def test_a_run_trains_logs_evaluates_and_compiles_once(toy, tmp_path):
     TRACES.clear()
     variants = {"double": {"scale": 2.0}}
-    config = _config(train_steps=30, eval_every=15, log_every=5, optim__learning_rate=0.05, eval_variants=variants)
+    intervals = {"train_steps": 30, "eval_every": 15, "log_every": 5}
+    config = _config(**intervals, optim__learning_rate=0.05, eval_variants=variants, eval_baseline=True)
     metrics = train.train(config, tmp_path)
     assert len(TRACES) == 1
     lines = _lines(tmp_path)
@@ -177,10 +178,10 @@ def test_a_run_trains_logs_evaluates_and_compiles_once(toy, tmp_path):
     assert '"images_per_sec"' in (tmp_path / "metrics.jsonl").read_text()
     assert [(line["step"], sorted(line)[0]) for line in lines if "loss" not in line] == [
         (15, "line/error"),
-        (30, "double/error"),
+        (30, "baseline/error"),
     ]
     assert toy.evaluations == ["line", "line", "double"]
-    assert set(metrics) == {"line/error", "double/error"}
+    assert set(metrics) == {"line/error", "baseline/error", "double/error"}
     assert metrics["line/error"] != metrics["double/error"]
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()

@@ -6,6 +6,7 @@ on any number of hosts, and resuming is starting at a step.
 """
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -206,19 +207,29 @@ def _reader(source, transform, images, failures):
 
 
 def _iterate(dataset, failures) -> Iterator[Batch]:
-    """The dataset's batches; an error of the reader comes out as it was raised there, not as TensorFlow wraps it."""
+    """The dataset's batches; an error of the reader comes out as it was raised there, not as TensorFlow wraps it.
+
+    The TensorFlow iterator goes when the result goes, and at exit while Python still runs: its threads call Python,
+    and the process would hang if they outlived the interpreter.
+    """
     tf = _tensorflow()
-    batches = dataset.as_numpy_iterator()
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except tf.errors.OpError as error:
-            if not failures:
-                raise
-            raise min(failures, key=lambda failure: failure[0])[1] from error
-        yield batch
+    running = [dataset.as_numpy_iterator()]
+
+    def batches():
+        while True:
+            try:
+                batch = next(running[0])
+            except StopIteration:
+                return
+            except tf.errors.OpError as error:
+                if not failures:
+                    raise
+                raise min(failures, key=lambda failure: failure[0])[1] from error
+            yield batch
+
+    result = batches()
+    weakref.finalize(result, running.clear)
+    return result
 
 
 def _position(count, local, batch_size, process_index):

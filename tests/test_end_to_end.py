@@ -1,0 +1,149 @@
+"""Whole runs through the ordinary entry points: built-in scenes, the real frames, stop and go on, the predictor."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from aitok_jax import Predictor, checkpoint, main, train
+
+ROOT = Path(__file__).parents[1]
+
+
+def get_config(name, arg=None):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def small_quickstart(arg="smoke"):
+    """The quickstart's smoke run with narrow networks: what is tested is the plumbing."""
+    config = get_config("quickstart", arg)
+    for stage in config.stages.values():
+        stage.batch_size, stage.eval_batch_size = 8, 8
+        stage.data.render.train, stage.data.render.test = 24, 8
+        stage.task.tokenizer.hidden = 4
+    solver = config.stages.depth.task
+    solver.backbone.embed_dim, solver.backbone.depths = 16, (1, 2, 1)
+    solver.transformer.dim, solver.transformer.hidden = 32, 64
+    solver.transformer.encoder_layers = solver.transformer.decoder_layers = 1
+    return config
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("quickstart")
+    return workdir, main.run(small_quickstart(), workdir)
+
+
+def test_quickstart_leaves_everything_a_user_expects(quickstart):
+    workdir, metrics = quickstart
+    assert json.loads((workdir / "metrics.json").read_text()) == metrics
+    for name in ("depth/rmse", "depth/abs_rel", "depth/d1", "depth_hard/rmse", "tokenizer/rmse"):
+        assert np.isfinite(metrics[name]), name
+    for name in ("baseline/rmse", "baseline/abs_rel", "baseline/d1"):
+        assert np.isfinite(metrics[name]), name
+    for stage in ("tokenizer", "depth"):
+        for file in ("config.json", "env.json", "metrics.jsonl", "metrics.json"):
+            assert (workdir / stage / file).stat().st_size
+        assert list((workdir / stage).glob("events.out.tfevents*"))
+        assert list((workdir / stage / "panels").glob("*.png"))
+
+
+def test_baseline_is_the_mean_training_map(quickstart):
+    workdir, metrics = quickstart
+
+    def maps(split):
+        lines = (workdir / "scenes" / f"{split}.txt").read_text().split("\n")
+        return [np.asarray(Image.open(workdir / "scenes" / line.split()[1][1:])) / 1000 for line in lines if line]
+
+    train_maps, errors = np.stack(maps("train")), []
+    known = train_maps > 0
+    mean = train_maps.sum(0) / np.maximum(known.sum(0), 1)
+    mean[~known.any(0)] = train_maps[known].mean()
+    for truth in maps("test"):
+        valid = truth > 0
+        errors.append(np.sqrt(np.mean((mean - truth)[valid] ** 2)))
+    np.testing.assert_allclose(metrics["baseline/rmse"], np.mean(errors), rtol=1e-4)
+
+
+def test_predictor_reads_the_run(quickstart):
+    workdir, _ = quickstart
+    image = np.asarray(Image.open(next((workdir / "scenes").rglob("rgb_*.jpg"))))
+    result = Predictor.load(workdir / "depth")(image, task="depth")
+    assert result["depth"].shape == result["confidence"].shape == image.shape[:2]
+    assert result["depth"].dtype == np.float32
+    assert (result["depth"] >= 1e-3).all()
+    assert 0 <= result["confidence"].min() <= result["confidence"].max() <= 1
+
+
+def test_wrong_tokenizer_is_refused(quickstart, tmp_path):
+    """The checkpoint of another configuration: the code dimension differs."""
+    workdir, _ = quickstart
+    config = small_quickstart().stages.depth
+    config.task.tokenizer.code_dim = 32
+    config.start_from["model_state/depth_tokenizer"] = str(workdir / "tokenizer")
+    config.data.root = str(workdir / "scenes")
+    with pytest.raises(ValueError, match=r"embedding.*\(128, 64\).*\(128, 32\)"):
+        train.train(config, tmp_path)
+
+
+def test_solver_without_tokenizer_is_refused(quickstart, tmp_path):
+    workdir, _ = quickstart
+    config = small_quickstart().stages.depth
+    config.start_from["model_state/depth_tokenizer"] = ""
+    config.data.root = str(workdir / "scenes")
+    with pytest.raises(ValueError, match=r"never trained.*tokenizer"):
+        train.train(config, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "depth"])
+def test_stop_and_go_on_is_bit_for_bit(quickstart, tmp_path, monkeypatch, stage):
+    """N + N steps with a restart equal 2N steps: parameters, optimizer, codebook, EMA and the logged losses."""
+    workdir, _ = quickstart
+    config = small_quickstart().stages[stage]
+    config.data.root = str(workdir / "scenes")
+    if stage == "depth":
+        config.start_from["model_state/depth_tokenizer"] = str(workdir / "tokenizer")
+    config.log_every = 1
+    half = config.train_steps // 2
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "reached_preemption", lambda self, step: step == half)
+        with pytest.raises(SystemExit):
+            train.train(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path) == half
+    train.train(config, tmp_path)
+
+    def state(folder):
+        step_dir = folder / "checkpoints" / str(config.train_steps)
+        return ocp.StandardCheckpointer().restore((step_dir / "state").resolve())
+
+    whole, parts = state(workdir / stage), state(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+
+
+def test_tokenizer_on_the_real_frames(nyu_frames, tmp_path):
+    """The published layout and evaluation crop; a short run lowers the tokenizer's RMSE."""
+    data = tmp_path / "nyu"
+    data.mkdir()
+    for scene in nyu_frames.iterdir():
+        (data / scene.name).symlink_to(scene)
+    config = get_config("vqvae_depth", "hidden=4,learning_rate=0.003")
+    config.data.root, config.data.train_list, config.data.test_list = str(data), "list.txt", "list.txt"
+    config.data.cache = True
+    config.log_every = 1
+
+    def rmse(steps):
+        config.train_steps = steps
+        return train.train(config, tmp_path / f"run{steps}")["tokenizer/rmse"]
+
+    before, after = rmse(1), rmse(24)
+    assert after < 0.6 * before
+    shutil.rmtree(tmp_path / "nyu")

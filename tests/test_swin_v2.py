@@ -1,0 +1,186 @@
+"""The backbone: windows, shifts and their mask, position tables, sizes, remat, dtypes, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aitok_jax.models import swin_v2
+from aitok_jax.models.swin_v2 import DropPath, PatchMerging, SwinV2
+
+TINY = SwinV2(
+    embed_dim=8,
+    depths=(2, 1),
+    num_heads=(2, 4),
+    windows=(4, 2),
+    pretrain_windows=(4, 2),
+    use_shift=(True, False),
+    drop_path=0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).random((3, 24, 40, 3), np.float32)
+
+
+@pytest.fixture(scope="module")
+def variables(images):
+    """Weights large enough for attention to matter."""
+    shapes = jax.eval_shape(TINY.init, jax.random.key(0), images)
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+
+
+def test_relative_coordinates():
+    third = 1 / 3  # log2(1 + 1) / log2(8): an offset of one when the pre-training window is 9
+    table = swin_v2.relative_coordinates(2, 9).reshape(3, 3, 2)
+    np.testing.assert_allclose(table[..., 0], np.array([[-third] * 3, [0] * 3, [third] * 3]), atol=1e-6)
+    np.testing.assert_allclose(table[..., 1], np.array([[-third, 0, third]] * 3), atol=1e-6)
+    corner = swin_v2.relative_coordinates(8, 8)[-1]  # the farthest offset, 7, of the pre-training window becomes 8
+    np.testing.assert_allclose(corner, np.log2(9) / 3, rtol=1e-6)
+
+
+def test_relative_index_finds_query_minus_key():
+    window = 3
+    offsets = np.stack(np.meshgrid(*[np.arange(-2, 3)] * 2, indexing="ij"), -1).reshape(-1, 2)
+    places = np.stack(np.divmod(np.arange(window**2), window), -1)
+    np.testing.assert_array_equal(offsets[swin_v2.relative_index(window)], places[:, None] - places[None])
+
+
+def test_partition_gives_squares_in_reading_order():
+    x = np.arange(2 * 4 * 6).reshape(2, 4, 6, 1)
+    windows = swin_v2.partition(x, 2)
+    assert windows.shape == (12, 4, 1)
+    np.testing.assert_array_equal(windows[1, :, 0], [2, 3, 8, 9])
+    np.testing.assert_array_equal(windows[6, :, 0], [24, 25, 30, 31])
+    np.testing.assert_array_equal(swin_v2.unpartition(windows, 2, 4, 6), x)
+
+
+@pytest.mark.parametrize(("height", "width", "window", "shift"), [(6, 9, 3, 1), (4, 8, 4, 2), (5, 5, 5, 2)])
+def test_shift_mask_separates_what_the_roll_brought_together(height, width, window, shift):
+    mask = swin_v2.shift_mask(height, width, window, shift)
+    wrapped = np.zeros((1, height, width, 2), bool)
+    wrapped[:, height - shift :, :, 0] = True  # after the roll these rows and columns come from the other border
+    wrapped[:, :, width - shift :, 1] = True
+    parts = swin_v2.partition(wrapped, window)
+    together = (parts[:, :, None] == parts[:, None]).all(-1)
+    np.testing.assert_array_equal(mask, np.where(together, 0, -100))
+    assert mask.shape == (height * width // window**2, window**2, window**2)
+
+
+def patch_influence(model, variables, image, row, column):
+    """bool[h, w] of patches: does the last map at (row, column) depend on the patch?"""
+    weight = np.random.default_rng(2).normal(size=model.embed_dim * 2 ** (len(model.depths) - 1)).astype(np.float32)
+
+    def value(image):
+        return model.apply(variables, image)[-1][0, row, column] @ weight
+
+    gradient = np.abs(jax.jit(jax.grad(value))(image[None])[0])
+    h, w, _ = gradient.shape
+    return gradient.reshape(h // 4, 4, w // 4, 4, 3).sum((1, 3, 4)) > 0
+
+
+def test_windows_and_shifted_windows(images, variables):
+    """A block sees its window, a second, shifted one the neighbouring windows, and none sees the opposite border."""
+    fields = {"num_heads": (2,), "windows": (4,), "pretrain_windows": (4,)}
+    plain = SwinV2(8, (1,), use_shift=(True,), **fields)
+    image = np.concatenate([images[0], images[1, :8]])  # 8×10 patches, 8×12 with padding
+    params = {k: v for k, v in variables["params"].items() if k in ("patch_embed", "layers_0")}
+    norm = {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
+    layers = {k: v for k, v in params["layers_0"].items() if k != "downsample"}
+    variables = {"params": {**params, "layers_0": layers, "norm0": norm}}
+    expected = np.zeros((8, 10), bool)
+    expected[4:, 4:8] = True
+    np.testing.assert_array_equal(patch_influence(plain, variables, image, 5, 7), expected)
+    shifted = plain.clone(depths=(2,))
+    expected = np.zeros((8, 10), bool)
+    expected[:, :8] = True  # its shifted window, rows 2..6 and columns 2..6, meets four windows
+    np.testing.assert_array_equal(patch_influence(shifted, variables, image, 3, 4), expected)
+    expected = np.zeros((8, 10), bool)
+    expected[:4, :4] = True  # the corner shares its shifted window with nothing but itself
+    np.testing.assert_array_equal(patch_influence(shifted, variables, image, 0, 1), expected)
+
+
+@pytest.mark.parametrize(
+    ("stages", "height", "width", "expected"),
+    [(2, 24, 40, (3, 5)), (2, 20, 28, (3, 4)), (3, 36, 20, (3, 2)), (4, 64, 96, (2, 3)), (1, 4, 8, (1, 2))],
+)
+def test_stride_and_sizes(stages, height, width, expected):
+    model = SwinV2(
+        embed_dim=4,
+        depths=(1,) * stages,
+        num_heads=(2,) * stages,
+        windows=(3,) * stages,
+        pretrain_windows=(3,) * stages,
+        use_shift=(True,) * stages,
+    )
+    assert model.stride == 4 * 2 ** (stages - 1)
+    every = model.clone(out_stages=tuple(range(stages)))
+    image = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
+    (last,), variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    assert (last.shape, last.dtype) == ((2, *expected, 4 * 2 ** (stages - 1)), jnp.float32)
+    assert [k for k in variables["params"] if k.startswith("norm")] == [f"norm{stages - 1}"]
+    maps, _ = jax.eval_shape(every.init_with_output, jax.random.key(0), image)
+    widths = [-(-width // (4 * 2**s)) for s in range(stages)]
+    assert [(m.shape[2], m.shape[3]) for m in maps] == [(w, 4 * 2**s) for s, w in enumerate(widths)]
+
+
+def test_patch_merging_order():
+    """Rows, then columns: (0,0), (1,0), (0,1), (1,1); odd sizes are padded with zeros."""
+    x = np.arange(1.0, 7, dtype=np.float32).reshape(1, 2, 3, 1)
+    kernel = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    neighbours = np.array([[1, 4, 2, 5], [3, 6, 0, 0]], np.float32)
+    y = neighbours @ kernel
+    expected = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
+    params = {"reduction": {"kernel": kernel}, "norm": {"scale": np.ones(2, "f"), "bias": np.zeros(2, "f")}}
+    np.testing.assert_allclose(PatchMerging().apply({"params": params}, x)[0, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_drop_path_drops_whole_examples():
+    x = jnp.ones((64, 2, 3))
+    dropped = DropPath(0.25).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
+    assert {tuple(np.unique(np.round(example, 4))) for example in dropped} == {(0.0,), (1.3333,)}
+    assert 0.5 < np.mean(dropped[:, 0, 0] > 0) < 0.95
+    np.testing.assert_array_equal(DropPath(0.25).apply({}, x, False), x)
+    np.testing.assert_array_equal(DropPath(0.0).apply({}, x, True), x)
+
+
+def test_remat_changes_nothing_but_memory(images, variables):
+    """With stochastic depth on, so that the recomputed branches must draw the same numbers."""
+
+    def value_and_gradient(model):
+        def loss(variables):
+            output = model.apply(variables, images, True, rngs={"dropout": jax.random.key(0)})[-1]
+            return jnp.mean(output**3), output
+
+        return jax.value_and_grad(loss, has_aux=True)
+
+    plain, remat = (value_and_gradient(TINY.clone(remat=r)) for r in (False, True))
+    assert "checkpoint" in str(jax.make_jaxpr(remat)(variables))
+    assert "checkpoint" not in str(jax.make_jaxpr(plain)(variables))
+    ((_, expected), plain_gradient), ((_, output), gradient) = jax.jit(plain)(variables), jax.jit(remat)(variables)
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain_gradient), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_batch_and_dtype(images, variables):
+    """Examples do not see each other; bfloat16 computes close to float32 and returns float32."""
+    expected = jax.jit(lambda x: TINY.apply(variables, x)[-1])(images)
+    assert np.abs(np.diff(expected, axis=0)).max() > 0.1
+    alone = jax.jit(lambda x: TINY.apply(variables, x)[-1])(images[1:2])
+    np.testing.assert_allclose(alone, expected[1:2], rtol=1e-4, atol=1e-5)
+    rough = jax.jit(lambda x: TINY.clone(dtype=jnp.bfloat16).apply(variables, x)[-1])(images)
+    assert rough.dtype == jnp.float32
+    error = np.linalg.norm(rough - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.05
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="22×40 must be a multiple of patch=4"):
+        TINY.init(jax.random.key(0), jnp.zeros((1, 22, 40, 3)))
+    with pytest.raises(ValueError, match=r"one entry a stage .*'windows': 1"):
+        TINY.clone(windows=(4,))
+    with pytest.raises(ValueError, match=r"num_heads\[1\]=3 must divide .* 16"):
+        TINY.clone(num_heads=(2, 3))
