@@ -93,6 +93,7 @@ def stage(name: str, task: dict, recipe: str, steps: int, learning_rate: float, 
 def solver_task(parallel: bool) -> dict:
     return {
         "soft_input": not parallel,
+        "normalize_image": True,
         "tokenizer": TOKENIZER,
         "vocabulary": {"num_bins": 64, "num_classes": 9, "num_mask_codes": 16},
         "backbone": {

@@ -1,7 +1,6 @@
 import itertools
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -152,16 +151,6 @@ def test_eval_covers_everything_once_and_pads(count, batch_size, steps):
         np.testing.assert_allclose(joined["image"][i], expected["image"] / 255, rtol=1e-6)
 
 
-def test_a_slow_example_does_not_change_the_order():
-    class Slow(Frames):
-        def read(self, index):
-            time.sleep(0.1 if index == 0 else 0)
-            return super().read(index)
-
-    batches = pipeline.eval_batches(Slow(6), transforms.evaluation(), batch_size=3)
-    assert [batch["id"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5]]
-
-
 def test_depth_only_source(tmp_path):
     write_folder(tmp_path, 3)
     source = nyu.NyuSource(tmp_path, images=False)
@@ -257,24 +246,9 @@ def test_negative_start():
 
 
 def data_config(root, **changes):
-    values = {
-        "name": "nyu",
-        "root": str(root),
-        "train_list": "",
-        "test_list": "",
-        "train_subfolder": "",
-        "test_subfolder": "official_splits/test",
-        "size": 10,
-        "recipe": "solver",
-        "columns": (),
-        "color": True,
-        "cutdepth": "published",
-        "on_error": "raise",
-        "cache": False,
-        "expected_train": 0,
-        "expected_test": 0,
-        "render": {},
-    }
+    values = dict(name="nyu", root=str(root), train_list="", test_list="", train_subfolder="", cache=False, size=10)
+    values |= dict(test_subfolder="official_splits/test", recipe="solver", columns=(), color=True, cutdepth="published")
+    values |= dict(on_error="raise", expected_train=0, expected_test=0, render={})
     return ConfigDict({**values, **changes})
 
 
@@ -351,7 +325,9 @@ def test_leaving_with_an_open_iterator_does_not_hang():
         print("done")
     """
     root = Path(__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
 
 

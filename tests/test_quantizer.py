@@ -82,7 +82,10 @@ def test_no_update_outside_training(z, codebook):
 def test_straight_through_gradient(z, codebook):
     weight = np.random.default_rng(2).normal(size=z.shape).astype(np.float32)
     quantizer = Quantizer(K, D)
-    apply = lambda z: quantizer.apply({"codebook": codebook}, z)
+
+    def apply(z):
+        return quantizer.apply({"codebook": codebook}, z)
+
     np.testing.assert_allclose(jax.grad(lambda z: jnp.sum(apply(z).z * weight))(z), weight, rtol=1e-6)
     pull = 0.25 * 2 * (z - codebook["embedding"][nearest(z, codebook["embedding"])]) / z.size
     np.testing.assert_allclose(jax.grad(lambda z: apply(z).loss)(z), pull, rtol=1e-4, atol=1e-8)
@@ -95,16 +98,19 @@ def test_learned_codebook(z):
     embedding = np.asarray(variables["params"]["embedding"])
     assert 0.8 / K < np.abs(embedding).max() <= 1 / K
     assert embedding.min() < 0 < embedding.max()
-    loss, gradient = jax.value_and_grad(lambda v: quantizer.apply(v, z, train=True).loss)(variables)
+    value = jax.value_and_grad(lambda v, z: quantizer.apply(v, z, train=True).loss, (0, 1))
+    loss, (gradient, pull) = value(variables, z)
     codes = nearest(z, embedding)
     error = embedding[codes] - z
     np.testing.assert_allclose(loss, 1.25 * np.square(error).mean(), rtol=1e-5)
-    by_hand = np.stack([2 * error[codes == k].sum(0) / z.size for k in range(K)])  # the commitment moves only z
+    np.testing.assert_allclose(pull, -0.25 * 2 * error / z.size, rtol=1e-4, atol=1e-8)  # only the commitment moves z
+    by_hand = np.stack([2 * error[codes == k].sum(0) / z.size for k in range(K)])  # only the other term moves codes
     np.testing.assert_allclose(gradient["params"]["embedding"], by_hand, rtol=1e-4, atol=1e-6)
 
 
 def test_soft_lookup_is_an_expectation(codebook):
-    quantizer, probabilities = Quantizer(K, D), np.random.default_rng(3).dirichlet(np.ones(K), (2, 5)).astype(np.float32)
+    quantizer = Quantizer(K, D)
+    probabilities = np.random.default_rng(3).dirichlet(np.ones(K), (2, 5)).astype(np.float32)
     expected = quantizer.apply({"codebook": codebook}, probabilities, method="expect")
     np.testing.assert_allclose(expected, probabilities @ codebook["embedding"], rtol=1e-5, atol=1e-6)
     codes = np.array([[0, 5], [2, 2]])
@@ -128,7 +134,7 @@ def test_dead_codes_stay_dead_unless_restart_is_on(z, half_dead):
     restarting = Quantizer(K, D, restart_threshold=0.05)
     _, revived = train(restarting, half_dead, z, jax.random.key(0))
     flat = z.reshape(-1, D)
-    for code, size, total in zip(revived["embedding"][3:], revived["cluster_size"][3:], revived["ema_w"][3:], strict=True):
+    for code, size, total in zip(*(revived[k][3:] for k in ("embedding", "cluster_size", "ema_w")), strict=True):
         assert (np.asarray(code) == flat).all(-1).any()
         np.testing.assert_allclose(total, size * code, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:3], b[:3]), revived, new)

@@ -20,13 +20,14 @@ def depth():
     """Smooth maps f32[4,8,8,1] in metres, some of it not annotated."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:8, :8] / 8
-    maps = 2 + rng.uniform(0, 4, (4, 1, 1)) + rng.uniform(-1, 1, (4, 1, 1)) * rows + rng.uniform(-1, 1, (4, 1, 1)) * columns
+    across, down = rng.uniform(-1, 1, (2, 4, 1, 1))
+    maps = 2 + rng.uniform(0, 4, (4, 1, 1)) + down * rows + across * columns
     maps[rng.random(maps.shape) < 0.1] = 0
     return maps[..., None].astype(np.float32)
 
 
 def scattered(x, kernel, bias):
-    """Transposed convolution, stride 2, padding 1: every input pixel adds its kernel to the output, the rim is cut off."""
+    """Transposed convolution, stride 2, padding 1: every input pixel adds its kernel; the rim is cut off."""
     b, h, w, _ = x.shape
     out = np.zeros((b, 2 * h + 2, 2 * w + 2, kernel.shape[-1]))
     for i in range(h):
@@ -39,7 +40,7 @@ def scattered(x, kernel, bias):
 def test_transposed_convolution_scatters(height, width):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, height, width, 3)).astype(np.float32)
-    params = {"kernel": rng.normal(size=(4, 4, 3, 5)).astype(np.float32), "bias": rng.normal(size=5).astype(np.float32)}
+    params = {"kernel": rng.normal(size=(4, 4, 3, 5)), "bias": rng.normal(size=5)}
     ours = TransposedConv(5).apply({"params": params}, x)
     np.testing.assert_allclose(ours, scattered(x, **params), rtol=1e-4, atol=1e-4)
     flipped = params["kernel"][::-1, ::-1]  # lax correlates
@@ -68,7 +69,7 @@ def batch_of(objective, depth):
     return depth
 
 
-def trained(model, x, target=None, positive=False):
+def trained(model, x, positive=False):
     """(loss of every step, variables after): Adam on one batch."""
     variables = dict(model.init(jax.random.key(0), x))
     params = variables.pop("params")
@@ -81,7 +82,8 @@ def trained(model, x, target=None, positive=False):
     def step(params, state, opt_state):
         def loss(params):
             rngs = {"restart": jax.random.key(1)}
-            result, new = model.apply({"params": params, **state}, x, target, train=True, mutable=list(state), rngs=rngs)
+            variables = {"params": params, **state}
+            result, new = model.apply(variables, x, train=True, mutable=list(state), rngs=rngs)
             return result.loss, new
 
         (value, state), gradient = jax.value_and_grad(loss, has_aux=True)(params)
@@ -215,9 +217,9 @@ def test_mask_patches_hides_whole_patches(ratio, hidden):
 
 def test_mask_patches_errors():
     maps = jnp.ones((1, 6, 8, 1))
-    with pytest.raises(ValueError, match="6×8 .* mask patch 4"):
+    with pytest.raises(ValueError, match=r"6×8 .* mask patch 4"):
         mask_patches(jax.random.key(0), maps, patch=4, ratio=0.5)
-    with pytest.raises(ValueError, match="mask_ratio=1.5"):
+    with pytest.raises(ValueError, match=r"mask_ratio=1\.5"):
         mask_patches(jax.random.key(0), maps, patch=2, ratio=1.5)
 
 

@@ -221,10 +221,10 @@ def _iterate(dataset, failures) -> Iterator[Batch]:
                 batch = next(running[0])
             except StopIteration:
                 return
-            except tf.errors.OpError as error:
+            except tf.errors.OpError:
                 if not failures:
                     raise
-                raise min(failures, key=lambda failure: failure[0])[1] from error
+                raise min(failures, key=lambda failure: failure[0])[1] from None
             yield batch
 
     result = batches()

@@ -207,26 +207,26 @@ class PatchMerging(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """[B,H,W,3] -> [B,H/p,W/p,C] by a strided convolution and LayerNorm."""
+    """[B,H,W,3] -> [B,H/p,W/p,C] by a strided convolution and LayerNorm.
+
+    With `stem` widths, 3×3 convolutions of stride 2 (LayerNorm, GELU) come first and the strided one covers what they
+    leave of the patch.
+    """
 
     dim: int
     patch: int
+    stem: Sequence[int] = ()
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        p = self.patch
-        proj = nn.Conv(
-            self.dim,
-            (p, p),
-            (p, p),
-            "VALID",
-            kernel_init=trunc_normal,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="proj",
-        )
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        for i, width in enumerate(self.stem):
+            x = nn.Conv(width, (3, 3), (2, 2), padding=1, use_bias=False, **dtypes, name=f"stem_{i}")(x)
+            x = jax.nn.gelu(_norm(f"stem_norm_{i}", self)(x))
+        p = self.patch // 2 ** len(self.stem)
+        proj = nn.Conv(self.dim, (p, p), (p, p), "VALID", kernel_init=trunc_normal, **dtypes, name="proj")
         return _norm("norm", self)(proj(x))
 
 
@@ -274,6 +274,8 @@ class SwinV2(nn.Module):
         embed_dim: width of the first stage; it doubles at every stage. B: 128, L: 192.
         depths, num_heads, windows, pretrain_windows, use_shift: one entry a stage.
         patch: side of a patch in pixels; stage s has stride patch·2^s.
+        stem: widths of convolutions before the patch embedding, not published: a small backbone trained from random
+            weights on little data learns several times faster with them ("Early convolutions", arXiv 2106.14881).
         drop_path: stochastic depth, rising linearly from 0 over all blocks.
         out_stages: stages whose maps are returned; () means the last one.
         remat: recompute every block in the backward pass.
@@ -286,6 +288,7 @@ class SwinV2(nn.Module):
     pretrain_windows: Sequence[int] = (12, 12, 12, 6)
     use_shift: Sequence[bool] = (True, True, False, False)
     patch: int = 4
+    stem: Sequence[int] = ()
     mlp_ratio: float = 4.0
     drop_path: float = 0.0
     out_stages: Sequence[int] = ()
@@ -300,6 +303,8 @@ class SwinV2(nn.Module):
         for s, heads in enumerate(self.num_heads):
             if self.embed_dim * 2**s % heads:
                 raise ValueError(f"num_heads[{s}]={heads} must divide the width of the stage, {self.embed_dim * 2**s}")
+        if self.patch % 2 ** len(self.stem):
+            raise ValueError(f"patch={self.patch} must be a multiple of 2^{len(self.stem)}, the stride of the stem")
         super().__post_init__()
 
     @property
@@ -312,7 +317,9 @@ class SwinV2(nn.Module):
         _, h, w, _ = images_BHWC.shape
         if h % self.patch or w % self.patch:
             raise ValueError(f"an image of {h}×{w} must be a multiple of patch={self.patch} in both directions")
-        x = PatchEmbed(self.embed_dim, self.patch, self.dtype, self.param_dtype, name="patch_embed")(images_BHWC)
+        x = PatchEmbed(self.embed_dim, self.patch, self.stem, self.dtype, self.param_dtype, name="patch_embed")(
+            images_BHWC
+        )
         rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
         last, maps = len(self.depths) - 1, []
         for s, depth in enumerate(self.depths):
