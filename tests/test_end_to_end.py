@@ -1,9 +1,6 @@
 """Whole runs through the ordinary entry points: built-in scenes, the real frames, stop and go on, the predictor."""
 
-import importlib.util
 import json
-import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,21 +8,13 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+import configs
 from aitok_jax import Predictor, checkpoint, main, train
-
-ROOT = Path(__file__).parents[1]
-
-
-def get_config(name, arg=None):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
 
 
 def small_quickstart(arg="smoke"):
     """The quickstart's smoke run with narrow networks: what is tested is the plumbing."""
-    config = get_config("quickstart", arg)
+    config = configs.load("quickstart", arg)
     for stage in config.stages.values():
         stage.batch_size, stage.eval_batch_size = 8, 8
         stage.data.render.train, stage.data.render.test = 24, 8
@@ -135,7 +124,7 @@ def test_tokenizer_on_the_real_frames(nyu_frames, tmp_path):
     data.mkdir()
     for scene in nyu_frames.iterdir():
         (data / scene.name).symlink_to(scene)
-    config = get_config("vqvae_depth", "hidden=4,learning_rate=0.003")
+    config = configs.load("vqvae_depth", "hidden=4,learning_rate=0.003")
     config.data.root, config.data.train_list, config.data.test_list = str(data), "list.txt", "list.txt"
     config.data.cache = True
     config.log_every = 1
@@ -146,4 +135,3 @@ def test_tokenizer_on_the_real_frames(nyu_frames, tmp_path):
 
     before, after = rmse(1), rmse(24)
     assert after < 0.6 * before
-    shutil.rmtree(tmp_path / "nyu")

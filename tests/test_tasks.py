@@ -221,8 +221,14 @@ def changed(part, **fields):
     [
         ({"image_size": 28}, r"image_size=28 .* tokenizer.downsample, 8; the nearest sizes are 24 and 32"),
         (
-            changed("backbone", depths=(1,) * 3, num_heads=(2,) * 3, windows=(3,) * 3, pretrain_windows=(3,) * 3,
-                    use_shift=(True,) * 3),
+            changed(
+                "backbone",
+                depths=(1,) * 3,
+                num_heads=(2,) * 3,
+                windows=(3,) * 3,
+                pretrain_windows=(3,) * 3,
+                use_shift=(True,) * 3,
+            ),
             r"image_size=24 .* backbone stride, 16; the nearest sizes are 16 and 32",
         ),
         (changed("transformer", max_length=8), "9 tokens of an image of 24 pixels are more than max_length=8"),

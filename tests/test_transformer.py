@@ -134,9 +134,7 @@ def test_parallel_model_does_not_see_tokens(params, features, tokens):
 
 
 def test_training_draws_from_its_rng_and_evaluation_does_not(params, features, tokens, logits):
-    apply = jax.jit(
-        lambda key: TINY.apply({"params": params}, features, tokens, 1, train=True, rngs={"dropout": key})
-    )
+    apply = jax.jit(lambda key: TINY.apply({"params": params}, features, tokens, 1, train=True, rngs={"dropout": key}))
     first, again, other = (apply(jax.random.key(k)) for k in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     expected = logits(params, features, tokens, 1)

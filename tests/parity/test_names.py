@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+import configs
+from aitok_jax import tasks
 from aitok_jax.convert import rules
 from aitok_jax.models.swin_v2 import SwinV2
 from aitok_jax.models.task_solver import TaskSolver
@@ -53,18 +55,27 @@ def mask_vqvae(prefix=""):
     return vqvae_shapes(VQVAE(downsample=16, objective="mse", use_norm=True, max_value=1.0), 64, prefix)
 
 
-def solver_shapes(size: int, backbone: SwinV2, vocab_size: int, parallel: bool = False):
-    solver = TaskSolver(backbone, TokenTransformer(vocab_size=vocab_size, parallel=parallel))
+def solver_shapes(size: int, backbone: SwinV2, vocab_size: int):
+    solver = TaskSolver(backbone, TokenTransformer(vocab_size=vocab_size))
     images, tokens = np.zeros((1, size, size, 3), np.float32), np.zeros((1, 4), np.int32)
     return split(jax.eval_shape(lambda rng: solver.init(rng, images, tokens, 2), jax.random.key(0)))
 
 
-SWIN_B, SWIN_L = SwinV2(), SwinV2(embed_dim=192, num_heads=(6, 12, 24, 48))
+def config_shapes(arg: str):
+    """Of the depth task that `configs/nyu.py:arg` builds."""
+    task = tasks.build(configs.load("nyu", arg).task)
+    size = task.image_size
+    batch = {"image": np.zeros((1, size, size, 3), np.float32), "depth": np.zeros((1, size, size), np.float32)}
+    params, state = jax.eval_shape(task.init, jax.random.key(0), batch)
+    return flat_shapes(params, "params") | flat_shapes(state, "model_state")
+
+
+SWIN_B = SwinV2()
 OURS = {
     "vqvae_depth": depth_vqvae,
     "vqvae_insseg": mask_vqvae,
-    "depth_b": lambda: solver_shapes(480, SWIN_B, 2339) | depth_vqvae("model_state/depth_tokenizer/"),
-    "depth_l_parallel": lambda: solver_shapes(480, SWIN_L, 2339, True) | depth_vqvae("model_state/depth_tokenizer/"),
+    "depth_b": lambda: config_shapes(""),
+    "depth_l_parallel": lambda: config_shapes("backbone=swin_l,parallel"),
     "det_b": lambda: solver_shapes(640, SWIN_B, 2339),
     "insseg_b": lambda: solver_shapes(640, SWIN_B, 2467) | mask_vqvae("model_state/mask_tokenizer/"),
     "joint_b": lambda: (
