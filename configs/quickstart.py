@@ -51,6 +51,7 @@ def data_fields(recipe: str, smoke: bool) -> dict:
             "height": SIZE,
             "width": WIDTH,
             "seed": 0,
+            "format": "nyu",
         },
     }
 
@@ -67,7 +68,7 @@ def stage(name: str, task: dict, recipe: str, steps: int, learning_rate: float, 
         "train_steps": steps,
         "log_every": 4 if smoke else 50,
         "eval_every": 0,
-        "checkpoint_every": 500,
+        "checkpoint_every": 1000,
         "keep_checkpoints": 1,
         "optim": {
             "name": "adamw",
@@ -82,7 +83,7 @@ def stage(name: str, task: dict, recipe: str, steps: int, learning_rate: float, 
             "warmup_ratio": 0.01,
             "schedule": {"name": "cosine", "end_factor": 0.02},
         },
-        "ema_decay": 0.0 if name == "tokenizer" else 0.998,
+        "ema_decay": 0.0 if name == "tokenizer" else 0.999,
         "fsdp": 1,
         "start_from": {},
         "eval_variants": {},
@@ -93,16 +94,20 @@ def stage(name: str, task: dict, recipe: str, steps: int, learning_rate: float, 
 def solver_task(parallel: bool) -> dict:
     return {
         "soft_input": not parallel,
+        "aux_weight": 2.0,
+        "input_noise": 0.0 if parallel else 0.3,
         "normalize_image": True,
         "tokenizer": TOKENIZER,
         "vocabulary": {"num_bins": 64, "num_classes": 9, "num_mask_codes": 16},
         "backbone": {
-            "embed_dim": 64,
-            "depths": (2, 2, 2),
-            "num_heads": (2, 4, 8),
-            "windows": (8, 8, 4),
-            "pretrain_windows": (8, 8, 4),
-            "use_shift": (True, False, False),
+            "patch": 16,
+            "stem": (32, 64, 128, 192),
+            "embed_dim": 192,
+            "depths": (2,),
+            "num_heads": (4,),
+            "windows": (4,),
+            "pretrain_windows": (4,),
+            "use_shift": (False,),
             "drop_path": 0.0,
         },
         "transformer": {
@@ -122,7 +127,7 @@ def solver_task(parallel: bool) -> dict:
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, parallel=False, smoke=False)
     tokenizer = stage("tokenizer", {"tokenizer": TOKENIZER, "mask_ratio": 0.0}, "tokenizer", 1500, 1e-3, arg.smoke)
-    solver = stage("depth", solver_task(arg.parallel), "solver", 3000, 1e-3, arg.smoke)
+    solver = stage("depth", solver_task(arg.parallel), "solver", 5000, 1e-3, arg.smoke)
     solver["start_from"] = {"model_state/depth_tokenizer": "{workdir}/tokenizer"}
     solver["eval_variants"] = {"depth_hard": {"soft_input": False, "soft_detokenize": False}}
     solver["eval_baseline"] = True

@@ -20,7 +20,7 @@ def small_quickstart(arg="smoke"):
         stage.data.render.train, stage.data.render.test = 24, 8
         stage.task.tokenizer.hidden = 4
     solver = config.stages.depth.task
-    solver.backbone.embed_dim, solver.backbone.depths = 16, (1, 2, 1)
+    solver.backbone.stem, solver.backbone.embed_dim = (8, 8, 16, 16), 16
     solver.transformer.dim, solver.transformer.hidden = 32, 64
     solver.transformer.encoder_layers = solver.transformer.decoder_layers = 1
     return config

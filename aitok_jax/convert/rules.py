@@ -37,13 +37,15 @@ def locate(name: str) -> tuple[str, ...] | None:
 
 def to_ours(name: str) -> str:
     """A published name of a trained parameter -> our '/'-joined path inside `params`."""
-    root, *path = locate(name)
+    root, *path = locate(name) or ("nowhere",)
     if root != "params":
-        raise ValueError(f"{name} is not a trained parameter; ours is at {root}/{'/'.join(path)}")
+        raise ValueError(f"{name} is not a trained parameter; ours is at {'/'.join((root, *path))}")
     return "/".join(path)
 
 
 def _locate_leaf(name: str) -> tuple[str, ...]:
+    if ".running_" in name or name.endswith("num_batches_tracked") or name == "_vq_vae._embedding.weight":
+        raise ValueError(f"{name}: no published weights have batch norm or a learned codebook, so they are not read")
     if match := re.match(r"_vq_vae\._(embedding|ema_cluster_size|ema_w)$", name):
         return ("model_state", "codebook", "quantizer", match[1].replace("ema_cluster_size", "cluster_size"))
     name = re.sub(r"\.(\d+)(?=\.)", r"_\1", re.sub(r"^(encoder|decoder)\.(\d+)\.", r"\1.layers.\2.", name))

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aitok_jax.models.vqvae import token_grid
+
 
 class BinsTokenizer(nn.Module):
     """Depth maps to bins of the down-sampled map and back; nothing is learned.
@@ -23,10 +25,7 @@ class BinsTokenizer(nn.Module):
     def encode(self, x_BHWC: jax.Array) -> jax.Array:
         """f32[B,H,W,1] metres -> int32[B,h,w]."""
         b, h, w, _ = x_BHWC.shape
-        r = self.downsample
-        if h % r or w % r:
-            raise ValueError(f"a map of {h}×{w} must be a multiple of downsample={r} in both directions")
-        small = (b, h // r, w // r, 1)
+        small = (b, *token_grid(h, w, self.downsample), 1)
         annotated = jax.image.resize((x_BHWC > 0).astype(jnp.float32), small, "bilinear")
         total = jax.image.resize(jnp.maximum(x_BHWC, 0.0), small, "bilinear")
         metres = jnp.where(annotated > 0, total / jnp.maximum(annotated, 1e-6), 0.0)[..., 0]

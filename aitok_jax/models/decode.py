@@ -23,6 +23,8 @@ def nucleus(probabilities: jax.Array, top_p: float) -> jax.Array:
 
     top_p 0 keeps the most probable entry alone, 1 keeps all.
     """
+    if top_p == 1:
+        return probabilities
     order = jnp.argsort(-probabilities)
     ranked = jnp.take_along_axis(probabilities, order, -1)
     keep_ranked = jnp.cumsum(ranked, -1) - ranked <= top_p
@@ -74,7 +76,8 @@ def decode(
     keys = None if rng is None else jax.random.split(rng, length)
     if transformer.parallel:
         batch = memory[0][0].shape[0]
-        logits = call("decode", memory, jnp.zeros((batch, length - 1), jnp.int32), task)[..., window.slice]
+        tokens = jnp.zeros((batch, length - 1), jnp.int32)
+        logits = call("decode", memory, tokens, task, False, window.slice)
         if keys is None:
             return Decoded(choose(logits, top_p, None), logits)
         tokens = jax.vmap(lambda l, key: choose(l, top_p, key), (1, 0), 1)(logits, keys)

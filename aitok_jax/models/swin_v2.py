@@ -224,7 +224,7 @@ class PatchEmbed(nn.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         for i, width in enumerate(self.stem):
             x = nn.Conv(width, (3, 3), (2, 2), padding=1, use_bias=False, **dtypes, name=f"stem_{i}")(x)
-            x = jax.nn.gelu(_norm(f"stem_norm_{i}", self)(x))
+            x = jax.nn.gelu(_norm(f"stem_norm_{i}", self)(x), approximate=False)
         p = self.patch // 2 ** len(self.stem)
         proj = nn.Conv(self.dim, (p, p), (p, p), "VALID", kernel_init=trunc_normal, **dtypes, name="proj")
         return _norm("norm", self)(proj(x))

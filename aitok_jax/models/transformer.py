@@ -232,14 +232,19 @@ class TokenTransformer(nn.Module):
         return jnp.broadcast_to(self.task_embed[jnp.atleast_1d(task), None], (batch, 1, self.dim))
 
     def decode(
-        self, memory: list[KeyValue], tokens_BT: jax.Array, task: int | jax.Array, train: bool = False
+        self,
+        memory: list[KeyValue],
+        tokens_BT: jax.Array,
+        task: int | jax.Array,
+        train: bool = False,
+        window: slice = slice(None),
     ) -> jax.Array:
         """Teacher forcing: logits f32[B,T+1,V] of every position, after the task embedding and the first T tokens."""
         x = jnp.concatenate([self.start(task, tokens_BT.shape[0]), self.embed(tokens_BT)], axis=1)
         x = x + self.positions(task, x.shape[1])
         for block, keys_values in zip(self.decoder.blocks, memory, strict=True):
             x = block(x, keys_values, train)
-        return self.logits(x)
+        return self.logits(x, window)
 
     def logits(self, x: jax.Array, window: slice = slice(None)) -> jax.Array:
         """Decoder output [...,D] -> f32 logits of the vocabulary, or of one window of it."""

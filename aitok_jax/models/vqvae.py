@@ -168,6 +168,7 @@ class VQVAE(nn.Module):
         num_codes, code_dim: K and D of the codebook.
         channels: of input and output; the number of classes for `cross_entropy`.
         objective: one of `OBJECTIVES`; `cross_entropy` takes int label maps [B,H,W], −1 where there is no label.
+            `silog` does not clip, as published: it is not finite where the output falls to 0 or below.
         use_norm: the network sees 2(x/max_value − ½), and its output y means max_value(y/2 + ½).
         soft_temperature: τ, multiplies the logits of soft tokens in `decode_soft`; 0.8 for depth, 1 for masks.
         residual: 'conv' or 'batch_norm'.
@@ -196,6 +197,8 @@ class VQVAE(nn.Module):
     def __post_init__(self):
         _check_option("objective", self.objective, OBJECTIVES)
         _check_option("residual", self.residual, ("conv", "batch_norm"))
+        if self.use_norm and self.objective in ("mse_ignore_zero", "silog"):
+            raise ValueError(f"objective={self.objective!r} finds missing pixels by their 0: set use_norm=False")
         if self.downsample < 2 or self.downsample & (self.downsample - 1):
             raise ValueError(f"downsample={self.downsample} must be a power of two of at least 2, for example 16 or 32")
         super().__post_init__()
@@ -217,10 +220,7 @@ class VQVAE(nn.Module):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens of a map of this size."""
-        r = self.downsample
-        if height % r or width % r:
-            raise ValueError(f"a map of {height}×{width} must be a multiple of downsample={r} in both directions")
-        return height // r, width // r
+        return token_grid(height, width, self.downsample)
 
     def encode_features(self, x: jax.Array, train: bool = False) -> jax.Array:
         """[B,H,W,C] in the map's units (int[B,H,W] labels for `cross_entropy`) -> f32[B,h,w,D] before quantizing."""
@@ -282,11 +282,17 @@ def mask_patches(rng: jax.Array, maps_BHWC: jax.Array, *, patch: int, ratio: flo
         raise ValueError(f"mask_ratio={ratio} must lie in 0..1")
     rows, columns = h // patch, w // patch
     hidden = math.ceil(ratio * rows * columns)
-    order = jnp.argsort(jax.random.uniform(rng, (b, rows * columns)))
-    keep = jnp.argsort(order) >= hidden  # rank of every patch in a random order
+    keep = jnp.argsort(jax.random.uniform(rng, (b, rows * columns))) >= hidden  # a random order of the patches
     keep = keep.reshape(b, rows, 1, columns, 1)
     keep = jnp.broadcast_to(keep, (b, rows, patch, columns, patch)).reshape(b, h, w, 1)
     return maps_BHWC * keep.astype(maps_BHWC.dtype)
+
+
+def token_grid(height: int, width: int, downsample: int) -> tuple[int, int]:
+    """Rows and columns of tokens of a map of height×width pixels; ValueError where they do not come out even."""
+    if height % downsample or width % downsample:
+        raise ValueError(f"a map of {height}×{width} must be a multiple of downsample={downsample} in both directions")
+    return height // downsample, width // downsample
 
 
 def _check_option(name: str, value: str, valid: tuple[str, ...]) -> None:

@@ -42,6 +42,9 @@ class DepthTask:
         soft_detokenize: decode the probability-weighted codes instead of the most probable ones.
         aux_weight: weight of the SiLog loss of the softly detokenized map; 0 turns it off.
         loss_weight: of the whole loss (joint training: 0.2).
+        input_noise: share of the input tokens that training replaces by random depth codes; 0 as published. A solver
+            trained from random weights otherwise learns to continue the true tokens and to overlook the image. (The
+            published instance segmentation corrupts its class labels likewise.)
         normalize_image: subtract the mean of ImageNet's colours and divide by their standard deviation first, as
             published for the COCO tasks. Published depth weights want RGB in 0..1 as it is; a backbone trained from
             random weights learns far faster with it, since most of an image in 0..1 is its mean.
@@ -57,6 +60,7 @@ class DepthTask:
     soft_detokenize: bool = True
     aux_weight: float = 1.0
     loss_weight: float = 1.0
+    input_noise: float = 0.0
     normalize_image: bool = False
     flip: bool = True
     eval_crop: tuple[int, int, int, int] | None = None
@@ -83,17 +87,26 @@ class DepthTask:
     def loss(
         self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
+        dropout_rng, noise_rng = jax.random.split(rng)
         targets_BT = self.targets(model_state, batch["depth"])
         logits_BTV = self.solver.apply(
             {"params": params},
             self._scaled(batch["image"]),
-            targets_BT[:, :-1],
+            self._corrupted(noise_rng, targets_BT[:, :-1]),
             TASK_ID,
             train=True,
-            rngs={"dropout": rng},
+            rngs={"dropout": dropout_rng},
         )
         loss, metrics = self.token_loss(model_state, logits_BTV, targets_BT, batch["depth"])
         return loss, (metrics, model_state)
+
+    def _corrupted(self, rng: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        if not self.input_noise:
+            return tokens_BT
+        which_rng, code_rng = jax.random.split(rng)
+        window = self.vocabulary.depth_codes
+        random_BT = jax.random.randint(code_rng, tokens_BT.shape, window.start, window.stop)
+        return jnp.where(jax.random.bernoulli(which_rng, self.input_noise, tokens_BT.shape), random_BT, tokens_BT)
 
     def targets(self, model_state: Tree, depth_BHW: jax.Array) -> jax.Array:
         """f32[B,H,W] metres -> int32[B,T] tokens of the whole vocabulary, row by row."""
@@ -176,6 +189,12 @@ def _check_layout(task: DepthTask) -> None:
                 f"image_size={size} must be a multiple of the {name}, {multiple}; the nearest sizes are "
                 f"{size // multiple * multiple} and {(size // multiple + 1) * multiple}"
             )
+    if backbone.out_stages not in ((), (len(backbone.depths) - 1,)):
+        raise ValueError(f"backbone.out_stages={backbone.out_stages} must be (), the last stage")
+    if transformer.num_tasks <= TASK_ID:
+        raise ValueError(f"num_tasks={transformer.num_tasks} must be more than {TASK_ID}, the row of depth")
+    if not 0 <= task.input_noise <= 1:
+        raise ValueError(f"input_noise={task.input_noise} must lie in 0..1")
     if task.grid**2 > transformer.max_length:
         raise ValueError(
             f"{task.grid**2} tokens of an image of {size} pixels are more than max_length={transformer.max_length}"
@@ -199,13 +218,13 @@ def build(fields: Mapping) -> DepthTask:
     `tokenizer.kind` is 'vqvae' (default) or 'bins', the comparison tokenizer without training.
     """
     fields = dict(fields)
-    tokenizer = dict(fields.pop("tokenizer"))
+    tokenizer = dict(fields.pop("tokenizer", {}))
     kinds = {"vqvae": VQVAE, "bins": BinsTokenizer}
     kind = tokenizer.pop("kind", "vqvae")
     if kind not in kinds:
         raise ValueError(f"tokenizer.kind={kind!r} is not one of {', '.join(kinds)}")
     tokenizer = build_dataclass(kinds[kind], tokenizer)
     vocabulary = build_dataclass(Vocabulary, {"num_depth_codes": tokenizer.num_codes, **fields.pop("vocabulary", {})})
-    transformer = build_dataclass(TokenTransformer, {"vocab_size": vocabulary.size, **fields.pop("transformer")})
-    solver = TaskSolver(build_dataclass(SwinV2, fields.pop("backbone")), transformer)
+    transformer = build_dataclass(TokenTransformer, {"vocab_size": vocabulary.size, **fields.pop("transformer", {})})
+    solver = TaskSolver(build_dataclass(SwinV2, fields.pop("backbone", {})), transformer)
     return build_dataclass(DepthTask, {**fields, "solver": solver, "tokenizer": tokenizer, "vocabulary": vocabulary})

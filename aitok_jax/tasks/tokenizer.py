@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from aitok_jax.config_utils import build_dataclass
-from aitok_jax.models.vqvae import VQVAE, mask_patches
+from aitok_jax.models.vqvae import CLASSIFICATION, VQVAE, mask_patches
 from aitok_jax.tasks.base import Batch, Tree
 
 MUTABLE = ["codebook", "batch_stats"]
@@ -36,6 +36,13 @@ class DepthTokenizerTask:
 
     def __post_init__(self):
         self.tokenizer.grid(self.image_size, self.image_size)
+        if self.tokenizer.channels != 1 or self.tokenizer.objective == CLASSIFICATION:
+            raise ValueError(
+                f"depth maps have one channel of metres: tokenizer.channels={self.tokenizer.channels} must be 1 and "
+                f"tokenizer.objective={self.tokenizer.objective!r} not {CLASSIFICATION!r}"
+            )
+        if not 0 <= self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio={self.mask_ratio} must lie in 0..1; 0 turns the augmentation off")
         if self.mask_ratio and self.image_size % self.mask_patch:
             raise ValueError(
                 f"image_size={self.image_size} must be a multiple of mask_patch={self.mask_patch}; "
@@ -80,4 +87,6 @@ class DepthTokenizerTask:
 def build(fields: Mapping) -> DepthTokenizerTask:
     """From `config.task`; `tokenizer` holds the fields of `VQVAE`."""
     fields = dict(fields)
-    return build_dataclass(DepthTokenizerTask, {**fields, "tokenizer": build_dataclass(VQVAE, fields["tokenizer"])})
+    return build_dataclass(
+        DepthTokenizerTask, {**fields, "tokenizer": build_dataclass(VQVAE, fields.get("tokenizer", {}))}
+    )
