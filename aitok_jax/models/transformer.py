@@ -12,10 +12,10 @@ from aitok_jax.models.swin_v2 import DropPath, Mlp, trunc_normal
 KeyValue = tuple[jax.Array, jax.Array]  # each [B, T, heads, d]
 
 
-def sine_positions(height: int, width: int, dim: int) -> np.ndarray:
+def sine_positions(height: int, width: int, dim: int, temperature: float = 10000.0) -> np.ndarray:
     """f32[height·width, dim]: rows in the first half of the channels, columns in the second; sine, cosine, sine, …"""
     half = dim // 2
-    frequency = 10000.0 ** (2 * (np.arange(half) // 2) / half)
+    frequency = temperature ** (2 * (np.arange(half) // 2) / half)
     table = np.zeros((height, width, dim), np.float64)
     for axis, size in enumerate((height, width)):
         angle = np.arange(size)[:, None] / frequency
@@ -154,6 +154,8 @@ class TokenTransformer(nn.Module):
     Attributes:
         dim: D. num_heads, hidden, encoder_layers, decoder_layers: of the blocks.
         vocab_size: V. max_length: longest sequence; num_tasks: task and position tables are per task.
+        position_temperature: of the image's sine positions; 10000 as published. The positions of a small grid then
+            differ in few channels only, and the decoder takes long to learn where to look: give it a small one.
         parallel: AiT-P: every token input is one learned vector, so that one causal pass predicts all positions.
     """
 
@@ -165,6 +167,7 @@ class TokenTransformer(nn.Module):
     vocab_size: int = 2339
     max_length: int = 2100
     num_tasks: int = 4
+    position_temperature: float = 10000.0
     parallel: bool = False
     drop_path: float = 0.1
     dropout: float = 0.1
@@ -199,7 +202,7 @@ class TokenTransformer(nn.Module):
     def encode(self, features_BHWC: jax.Array, train: bool = False) -> jax.Array:
         """Backbone map [B,h,w,C] -> memory [B, h·w, D]."""
         b, h, w, c = features_BHWC.shape
-        positions_1LD = jnp.asarray(sine_positions(h, w, self.dim))[None]
+        positions_1LD = jnp.asarray(sine_positions(h, w, self.dim, self.position_temperature))[None]
         x = self.input_dropout(features_BHWC.reshape(b, h * w, c), deterministic=not train)
         x = self.stem_ln(self.input_proj(x)) + positions_1LD
         for block in self.encoder.blocks:
