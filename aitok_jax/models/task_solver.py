@@ -25,6 +25,8 @@ class TaskSolver(nn.Module):
 
     def __call__(
         self, images_BHWC: jax.Array, tokens_BT: jax.Array, task: int | jax.Array, train: bool = False
-    ) -> jax.Array:
-        """f32[B,H,W,3], int[B,T] -> logits f32[B,T+1,V]; needs the rng stream `dropout` in training."""
-        return self.transformer(self.features(images_BHWC, train), tokens_BT, task, train)
+    ) -> tuple[jax.Array, jax.Array]:
+        """f32[B,H,W,3], int[B,T] -> logits f32[B,T+1,V] and memory [B,M,D]; training needs the rng stream `dropout`."""
+        memory_BMD = self.transformer.encode(self.features(images_BHWC, train), train)
+        keys_values = self.transformer.memory_keys_values(memory_BMD)
+        return self.transformer.decode(keys_values, tokens_BT, task, train), memory_BMD

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +46,10 @@ class DepthTask:
         input_noise: share of the input tokens that training replaces by random depth codes; 0 as published. A solver
             trained from random weights otherwise learns to continue the true tokens and to overlook the image. (The
             published instance segmentation corrupts its class labels likewise.)
+        memory_weight: weight of the same loss for codes read off the encoder's memory by a linear layer, where the
+            memory has one vector a token; 0 as published. The decoder starts with no idea which vector belongs to
+            which token, and without a pretrained backbone takes thousands of steps to use the image at all; this
+            teaches the encoder meanwhile. Prediction does not use it.
         normalize_image: subtract the mean of ImageNet's colours and divide by their standard deviation first, as
             published for the COCO tasks. Published depth weights want RGB in 0..1 as it is; a backbone trained from
             random weights learns far faster with it, since most of an image in 0..1 is its mean.
@@ -61,6 +66,7 @@ class DepthTask:
     aux_weight: float = 1.0
     loss_weight: float = 1.0
     input_noise: float = 0.0
+    memory_weight: float = 0.0
     normalize_image: bool = False
     flip: bool = True
     eval_crop: tuple[int, int, int, int] | None = None
@@ -77,7 +83,10 @@ class DepthTask:
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
         solver_rng, tokenizer_rng = jax.random.split(rng)
         tokens = jnp.zeros((batch["image"].shape[0], self.grid**2 - 1), jnp.int32)
-        params = self.solver.init(solver_rng, batch["image"], tokens, TASK_ID)["params"]
+        params = dict(self.solver.init(solver_rng, batch["image"], tokens, TASK_ID)["params"])
+        if self.memory_weight:
+            memory = jnp.zeros((1, 1, self.solver.transformer.dim))
+            params["memory_head"] = self._memory_head.init(solver_rng, memory)["params"]
         if isinstance(self.tokenizer, BinsTokenizer):
             return params, {}
         tokenizer = dict(self.tokenizer.init(tokenizer_rng, batch["depth"][..., None]))
@@ -89,8 +98,8 @@ class DepthTask:
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
         dropout_rng, noise_rng = jax.random.split(rng)
         targets_BT = self.targets(model_state, batch["depth"])
-        logits_BTV = self.solver.apply(
-            {"params": params},
+        logits_BTV, memory_BTD = self.solver.apply(
+            {"params": {name: params[name] for name in ("backbone", "transformer")}},
             self._scaled(batch["image"]),
             self._corrupted(noise_rng, targets_BT[:, :-1]),
             TASK_ID,
@@ -98,7 +107,22 @@ class DepthTask:
             rngs={"dropout": dropout_rng},
         )
         loss, metrics = self.token_loss(model_state, logits_BTV, targets_BT, batch["depth"])
+        if self.memory_weight:
+            logits_BTK = self._memory_head.apply({"params": params["memory_head"]}, memory_BTD)
+            memory_loss = self._window_loss(model_state, logits_BTK, targets_BT, batch["depth"])
+            metrics["memory_loss"] = memory_loss
+            loss += self.memory_weight * memory_loss
         return loss, (metrics, model_state)
+
+    @property
+    def _memory_head(self) -> nn.Dense:
+        return nn.Dense(self.vocabulary.num_depth_codes)
+
+    def _window_loss(self, model_state: Tree, logits_BTK: jax.Array, targets_BT: jax.Array, depth_BHW: jax.Array):
+        codes_BT = targets_BT - self.vocabulary.depth_codes.start
+        ce = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BTK, codes_BT))
+        soft_BHW = self._soft_map(model_state, logits_BTK)
+        return ce + self.aux_weight * losses.silog(soft_BHW, depth_BHW, min_prediction=MIN_DEPTH)
 
     def _corrupted(self, rng: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         if not self.input_noise:
@@ -147,7 +171,8 @@ class DepthTask:
 
     def decode(self, params: Tree, images_BHWC: jax.Array) -> Decoded:
         """Greedy depth tokens of square images [B,S,S,3] in 0..1, relative to the depth window, and their logits."""
-        memory = self.solver.apply({"params": params}, self._scaled(images_BHWC), method="memory")
+        variables = {"params": {name: params[name] for name in ("backbone", "transformer")}}
+        memory = self.solver.apply(variables, self._scaled(images_BHWC), method="memory")
         return decode(
             self.solver.transformer,
             params["transformer"],
@@ -193,6 +218,11 @@ def _check_layout(task: DepthTask) -> None:
         raise ValueError(f"backbone.out_stages={backbone.out_stages} must be (), the last stage")
     if transformer.num_tasks <= TASK_ID:
         raise ValueError(f"num_tasks={transformer.num_tasks} must be more than {TASK_ID}, the row of depth")
+    if task.memory_weight and backbone.stride != task.tokenizer.downsample:
+        raise ValueError(
+            f"memory_weight={task.memory_weight} needs one memory vector a token: the backbone's stride "
+            f"{backbone.stride} must equal tokenizer.downsample={task.tokenizer.downsample}; change one, or set memory_weight=0"
+        )
     if not 0 <= task.input_noise <= 1:
         raise ValueError(f"input_noise={task.input_noise} must lie in 0..1")
     if task.grid**2 > transformer.max_length:
