@@ -220,7 +220,7 @@ def _check_layout(task: DepthTask) -> None:
         raise ValueError(f"num_tasks={transformer.num_tasks} must be more than {TASK_ID}, the row of depth")
     if task.memory_weight and backbone.stride != task.tokenizer.downsample:
         raise ValueError(
-            f"memory_weight={task.memory_weight} needs one memory vector a token: the backbone stride {backbone.stride} "
+            f"memory_weight={task.memory_weight} needs one memory vector a token: backbone stride {backbone.stride} "
             f"must be tokenizer.downsample={task.tokenizer.downsample}; change one or set memory_weight=0"
         )
     if not 0 <= task.input_noise <= 1:
