@@ -329,3 +329,39 @@ def test_tokenizer_predicts_maps_of_any_size(batch, tokenizer_state, tokenizer_p
     assert ours["codes"].shape == (2, 2, 3)
     np.testing.assert_array_equal(ours["codes"], padded["codes"])
     np.testing.assert_allclose(ours["depth"], padded["depth"][:, :13, :18], rtol=1e-5, atol=1e-6)
+
+
+def test_input_noise_replaces_the_share_of_tokens_asked_for():
+    window = TASK.vocabulary.depth_codes
+    tokens = jnp.full((200, 100), window.start)
+    noisy = dataclasses.replace(TASK, input_noise=0.25)._corrupted(jax.random.key(0), tokens)
+    assert ((noisy >= window.start) & (noisy < window.stop)).all()
+    assert jnp.mean(noisy != tokens) == pytest.approx(0.25 * (1 - 1 / K), abs=0.01)
+    assert TASK._corrupted(jax.random.key(0), tokens) is tokens
+    with pytest.raises(ValueError, match=r"input_noise=1.5 must lie in 0..1"):
+        dataclasses.replace(TASK, input_noise=1.5)
+
+
+def test_memory_loss_teaches_the_encoder_and_leaves_prediction_alone(batch):
+    backbone = {**CONFIG["backbone"], "patch": 4}  # stride 8, as the tokenizer
+    task = tasks.build({**CONFIG, "backbone": backbone, "memory_weight": 0.5})
+    params, state = random_state(task, batch)
+    plain = dataclasses.replace(task, memory_weight=0.0)
+    without = {name: params[name] for name in ("backbone", "transformer")}
+
+    def gradients(task, params):
+        return jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, state, batch, jax.random.key(0))
+
+    (loss, (metrics, _)), grads = gradients(task, params)
+    (plain_loss, _), plain_grads = gradients(plain, without)
+    np.testing.assert_allclose(loss, plain_loss + 0.5 * metrics["memory_loss"], rtol=1e-5)
+    assert jnp.abs(grads["memory_head"]["kernel"]).max() > 0
+    decoder = [g["transformer"]["decoder"]["blocks_0"]["mlp"]["fc1"]["kernel"] for g in (grads, plain_grads)]
+    np.testing.assert_allclose(*decoder, rtol=1e-4, atol=1e-7)
+    stems = [g["backbone"]["patch_embed"]["proj"]["kernel"] for g in (grads, plain_grads)]
+    assert jnp.abs(stems[0] - stems[1]).max() > 1e-6
+    np.testing.assert_array_equal(
+        compiled_predict(task)(params, state, batch)["depth"], compiled_predict(plain)(without, state, batch)["depth"]
+    )
+    with pytest.raises(ValueError, match=r"backbone stride 24 must be tokenizer.downsample=8"):
+        tasks.build({**CONFIG, "backbone": {**backbone, "patch": 12}, "memory_weight": 0.5})
