@@ -129,7 +129,7 @@ def solver_task(parallel: bool) -> dict:
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, parallel=False, smoke=False)
     tokenizer = stage("tokenizer", {"tokenizer": TOKENIZER, "mask_ratio": 0.0}, "tokenizer", 1500, 1e-3, arg.smoke)
-    solver = stage("depth", solver_task(arg.parallel), "solver", 5000, 1e-3, arg.smoke)
+    solver = stage("depth", solver_task(arg.parallel), "solver", 4000, 1e-3, arg.smoke)
     solver["start_from"] = {"model_state/depth_tokenizer": "{workdir}/tokenizer"}
     solver["eval_variants"] = {"depth_hard": {"soft_input": False, "soft_detokenize": False}}
     solver["eval_baseline"] = True

@@ -126,7 +126,7 @@ def test_tokenizer_on_the_real_frames(nyu_frames, tmp_path):
         (data / scene.name).symlink_to(scene)
     config = configs.load("vqvae_depth", "hidden=4,learning_rate=0.003")
     config.data.root, config.data.train_list, config.data.test_list = str(data), "list.txt", "list.txt"
-    config.data.cache = True
+    config.data.test_subfolder, config.data.cache = "", True
     config.log_every = 1
 
     def rmse(steps):

@@ -273,7 +273,7 @@ def test_moving_average_follows_the_parameters(toy, tmp_path):
 
 def test_start_from_takes_over_weights(toy, tmp_path):
     train.train(_config(ema_decay=0.0), tmp_path / "a")
-    start_from = {"params": str(tmp_path / "a"), "model_state/seen": ""}
+    start_from = {"params": str(tmp_path / "a"), "params/absent": ""}
     train.train(_config(train_steps=1, optim__learning_rate=0.0, start_from=start_from), tmp_path / "b")
     _assert_same_bits(_state(tmp_path / "b")["params"], _state(tmp_path / "a")["params"])
     assert int(_state(tmp_path / "b")["model_state"]["seen"]["count"]) == 1
@@ -285,6 +285,8 @@ def test_start_from_takes_over_weights(toy, tmp_path):
 
 
 def test_frozen_weights_must_be_complete(toy, tmp_path):
+    with pytest.raises(ValueError, match=r"'model_state/frozen' is never trained; give the run directory"):
+        train.train(_config(start_from={"model_state/frozen": ""}), tmp_path / "run")
     checkpoint.save_inference(tmp_path / "weights", {"a": np.ones(2)}, _config())
     with pytest.raises(ValueError, match=r"'model_state/frozen' is never trained, but .* lacks model_state/frozen/b"):
         train.train(_config(start_from={"model_state/frozen": str(tmp_path / "weights")}), tmp_path / "run")
