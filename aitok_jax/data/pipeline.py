@@ -5,6 +5,7 @@ Position p = step * batch_size + slot. Its epoch is p // n, its example the stat
 on any number of hosts, and resuming is starting at a step.
 """
 
+import functools
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -128,23 +129,14 @@ def build(config: Any) -> Data:
         from aitok_jax.data import scenes
 
         scenes.ensure(config.root, **{"workers": os.cpu_count() or 1, **config.render})
-    train = nyu.NyuSource(
-        config.root,
+    source = functools.partial(nyu.NyuSource, config.root, on_error=config.on_error, cache=config.cache)
+    train = source(
         config.train_list,
         subfolder=config.train_subfolder,
-        on_error=config.on_error,
-        cache=config.cache,
         images=config.recipe != "tokenizer",
         expected_count=config.expected_train,
     )
-    test = nyu.NyuSource(
-        config.root,
-        config.test_list,
-        subfolder=config.test_subfolder,
-        on_error=config.on_error,
-        cache=config.cache,
-        expected_count=config.expected_test,
-    )
+    test = source(config.test_list, subfolder=config.test_subfolder, expected_count=config.expected_test)
     return Data(train, test, train_transform, transforms.evaluation())
 
 

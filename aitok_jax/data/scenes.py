@@ -251,26 +251,16 @@ def write(
     (root / _UNFINISHED).unlink()
 
 
-def ensure(
-    root: str | os.PathLike,
-    *,
-    train: int,
-    test: int,
-    height: int,
-    width: int,
-    seed: int = 0,
-    workers: int = 2,
-    format: str = "both",
-) -> None:
-    """Does what `write` does unless the root already holds exactly these scenes, complete.
+def ensure(root: str | os.PathLike, *, seed: int = 0, workers: int = 2, format: str = "both", **scenes: int) -> None:
+    """Does what `write` does, with its arguments, unless the root already holds exactly these scenes, complete.
 
     Raises:
-        ValueError: the root holds scenes of other settings.
+        ValueError: the root holds scenes of other settings; or see `write`.
     """
-    settings = _settings(train=train, test=test, height=height, width=width, seed=seed, format=format)
+    settings = _settings(seed=seed, format=format, **scenes)
     record = Path(root) / _RECORD
     if not record.is_file():
-        write(root, train=train, test=test, height=height, width=width, seed=seed, workers=workers, format=format)
+        write(root, seed=seed, workers=workers, format=format, **scenes)
         return
     present = json.loads(record.read_text())
     if present != settings:
@@ -280,16 +270,17 @@ def ensure(
         )
 
 
-def _settings(**options) -> dict:
+def _settings(*, train: int, test: int, height: int, width: int, seed: int, format: str) -> dict:
     """The options as they are recorded, after a check."""
-    _check_size(options["height"], options["width"])
-    for name in ("train", "test"):
-        if not 0 <= options[name] <= _SEEDS_PER_SPLIT:
-            raise ValueError(f"{name}={options[name]} must be between 0 and {_SEEDS_PER_SPLIT}")
-    if options["seed"] < 0:
-        raise ValueError(f"seed={options['seed']} must be 0 or more")
-    if options["format"] not in FORMATS:
-        raise ValueError(f"format={options['format']!r} must be one of {', '.join(FORMATS)}")
+    _check_size(height, width)
+    for name, count in (("train", train), ("test", test)):
+        if not 0 <= count <= _SEEDS_PER_SPLIT:
+            raise ValueError(f"{name}={count} must be between 0 and {_SEEDS_PER_SPLIT}")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be 0 or more")
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
+    options = {"train": train, "test": test, "height": height, "width": width, "seed": seed, "format": format}
     return {"version": VERSION, **options}
 
 

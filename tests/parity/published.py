@@ -34,8 +34,8 @@ def backbone(cfg: dict) -> SwinV2:
         windows=tuple(cfg["window_size"]),
         pretrain_windows=tuple(cfg["pretrain_window_size"]),
         use_shift=tuple(cfg["use_shift"]),
-        drop_path=cfg["drop_path_rate"],
-        remat=cfg["use_checkpoint"],
+        drop_path=cfg.get("drop_path_rate", 0.0),
+        remat=cfg.get("use_checkpoint", False),
     )
 
 

@@ -3,24 +3,16 @@
 import cases
 import jax
 import jax.numpy as jnp
+import published
 import pytest
 
 from aitok_jax.convert import rules
-from aitok_jax.models.swin_v2 import SwinV2
 
 pytestmark = cases.find("swinv2_*")
 
 
 def build(hp, shift):
-    return SwinV2(
-        embed_dim=hp["embed_dim"],
-        depths=tuple(hp["depths"]),
-        num_heads=tuple(hp["num_heads"]),
-        windows=tuple(hp["window_size"]),
-        pretrain_windows=tuple(hp["pretrain_window_size"]),
-        use_shift=tuple(hp["shifts"][shift]),
-        out_stages=tuple(hp["out_indices"]),
-    )
+    return published.backbone({**hp, "use_shift": hp["shifts"][shift]}).clone(out_stages=tuple(hp["out_indices"]))
 
 
 @pytest.fixture

@@ -4,23 +4,15 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published
 import pytest
 
 from aitok_jax.convert import rules
 from aitok_jax.models import decode
-from aitok_jax.models.transformer import TokenTransformer, sine_positions
-from aitok_jax.vocab import Vocabulary
+from aitok_jax.models.transformer import sine_positions
 
 pytestmark = cases.find("transformer_*")
 DEPTH = 2
-
-
-def vocabulary(hp) -> Vocabulary:
-    ours = Vocabulary(hp["num_bins"], hp["num_classes"], hp["num_embeddings"], hp["num_embeddings_depth"])
-    return Vocabulary(
-        *[getattr(ours, f) for f in ("num_bins", "num_classes", "num_mask_codes", "num_depth_codes")],
-        num_spare=hp["num_vocal"] - ours.size,
-    )
 
 
 @pytest.fixture
@@ -35,24 +27,12 @@ def params(case):
 
 
 def build(case, params, parallel):
-    hp = case.hp
-    return TokenTransformer(
-        dim=hp["d_model"],
-        num_heads=hp["nhead"],
-        hidden=hp["dim_feedforward"],
-        encoder_layers=hp["num_encoder_layers"],
-        decoder_layers=hp["num_decoder_layers"],
-        vocab_size=hp["num_vocal"],
-        max_length=params["dec_embed"].shape[1],
-        num_tasks=params["dec_embed"].shape[0],
-        parallel=parallel,
-        drop_path=0.0,
-        dropout=0.0,
-    )
+    tasks, length, _ = params["dec_embed"].shape
+    return published.transformer({**case.hp, "parallel": parallel}, length, tasks)
 
 
 def test_vocabulary_offsets(case):
-    offsets, vocab = case.hp["offsets"], vocabulary(case.hp)
+    offsets, vocab = case.hp["offsets"], published.vocabulary(case.hp)
     assert vocab.classes.start == offsets["class_offset"]
     assert vocab.end_of_sequence == offsets["special_offset"]
     assert vocab.noise == offsets["noise_label"]
@@ -106,7 +86,7 @@ def decode_depth(case, params, *, parallel=False, **options):
         model.apply({"params": params}, cases.nhwc(case["in/src_small"]), method="encode"),
         method="memory_keys_values",
     )
-    window = vocabulary(case.hp).depth_codes
+    window = published.vocabulary(case.hp).depth_codes
     length = int(case["in/depth_pred_len"])
     run = jax.jit(lambda p, m: decode.decode(model, p, m, task=DEPTH, length=length, window=window, **options))
     return run(params, memory), window
