@@ -39,7 +39,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "test": ["pytest>=8.0", "ruff>=0.12"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"],
         "notebooks": ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29"],
     },
 )

@@ -2,7 +2,7 @@
 
     python -m aitok_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-About 15 minutes on two CPU cores. Arguments: `configs/quickstart.py:parallel` (all tokens in one pass),
+About 16 minutes on two CPU cores. Arguments: `configs/quickstart.py:parallel` (all tokens in one pass),
 `:smoke` (a few steps of everything, for tests).
 
 WORKDIR/metrics.json then holds depth/… (soft decoding), depth_hard/… (the same weights, hard decoding),

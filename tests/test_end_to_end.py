@@ -101,7 +101,7 @@ def test_stop_and_go_on_is_bit_for_bit(quickstart, tmp_path, monkeypatch, stage)
     config.data.root = str(workdir / "scenes")
     if stage == "depth":
         config.start_from["model_state/depth_tokenizer"] = str(workdir / "tokenizer")
-    config.log_every = 1
+    config.log_every, config.eval_variants, config.eval_baseline = 1, {}, False
     half = config.train_steps // 2
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "reached_preemption", lambda self, step: step == half)
@@ -119,19 +119,20 @@ def test_stop_and_go_on_is_bit_for_bit(quickstart, tmp_path, monkeypatch, stage)
 
 
 def test_tokenizer_on_the_real_frames(nyu_frames, tmp_path):
-    """The published layout and evaluation crop; a short run lowers the tokenizer's RMSE."""
+    """The published layout, crops and evaluation; a short run halves the tokenizer's RMSE, or nearly so."""
     data = tmp_path / "nyu"
     data.mkdir()
     for scene in nyu_frames.iterdir():
         (data / scene.name).symlink_to(scene)
-    config = configs.load("vqvae_depth", "hidden=4,learning_rate=0.01")
+    config = configs.load("vqvae_depth", "hidden=4,learning_rate=0.003")
     config.data.root, config.data.train_list, config.data.test_list = str(data), "list.txt", "list.txt"
     config.data.test_subfolder, config.data.cache = "", True
-    config.log_every = 1
+    config.data.size = config.task.image_size = 160
+    config.log_every = 10
 
     def rmse(steps):
         config.train_steps = steps
         return train.train(config, tmp_path / f"run{steps}")["tokenizer/rmse"]
 
-    before, after = rmse(1), rmse(24)
-    assert after < before
+    before, after = rmse(1), rmse(150)
+    assert after < 0.6 * before

@@ -176,7 +176,7 @@ def test_wide_images_and_their_mirror_images(state, wide, predicted):
         np.testing.assert_allclose(mirrored[name], predicted[name][:, :, ::-1], rtol=1e-3, atol=1e-4)
 
 
-def test_confidence_from_even_to_sure(state, wide, predicted):
+def test_confidence_is_the_spread_in_metres(state, wide, predicted):
     params, frozen = state
     assert predicted["confidence"].min() >= 0
     assert predicted["confidence"].max() <= 1
@@ -187,12 +187,15 @@ def test_confidence_from_even_to_sure(state, wide, predicted):
         changed = params | {"transformer": transformer | changes}
         return compiled_predict(TASK)(changed, frozen, {"image": wide})["confidence"]
 
+    codes = np.arange(K).reshape(K, 1, 1)
+    depths = np.asarray(TASK._tokenizer(frozen, "decode", codes)).mean((1, 2, 3))
+    assert np.ptp(depths[[0, 2]]) > 1e-3
     even = {name: jnp.zeros_like(transformer[name]) for name in ("voc_embed", "outp_bias")}
-    np.testing.assert_allclose(confidence(**even), 0, atol=1e-4)
+    np.testing.assert_allclose(confidence(**even), 1 / (1 + depths.std()), rtol=1e-4)
     one = even | {"outp_bias": transformer["outp_bias"].at[TASK.vocabulary.depth_codes.start + 2].set(99.0)}
     np.testing.assert_allclose(confidence(**one), 1, atol=1e-4)
     two = one | {"outp_bias": one["outp_bias"].at[TASK.vocabulary.depth_codes.start].set(99.0)}
-    np.testing.assert_allclose(confidence(**two), 1 - np.log(2) / np.log(K), atol=1e-4)
+    np.testing.assert_allclose(confidence(**two), 1 / (1 + np.ptp(depths[[0, 2]]) / 2), rtol=1e-4)
 
 
 def test_images_are_normalised_where_asked(state, batch, wide, trained, predicted):

@@ -154,9 +154,10 @@ class DepthTask:
         """Depth of images f32[B,H,W,3] in 0..1 whose short side is `image_size`, by windows along the long side.
 
         Returns:
-            depth f32[B,H,W] in metres, at least 1e-3; confidence f32[B,H,W] in 0..1, 1 minus the entropy of the token's
-            probabilities over log K, bilinear between the tokens: 1 where the solver is sure of one code, 0 where all
-            codes are equally probable.
+            depth f32[B,H,W] in metres, at least 1e-3; confidence f32[B,H,W] in 0..1: 1 / (1 + s), s the standard
+            deviation in metres of the codes' depths under the token's probabilities, bilinear between the tokens. 1
+            where the solver is sure of one depth, 1/2 where it wavers by a metre; codes of one depth count as
+            agreeing, which the entropy of the probabilities would not see.
         """
 
         def square(images_BHWC):
@@ -165,7 +166,7 @@ class DepthTask:
                 depth = self._soft_map(model_state, decoded.logits)
             else:
                 depth = self._tokenizer(model_state, "decode", self._to_grid(decoded.tokens))[..., 0]
-            return {"depth": depth, "confidence": self._confidence(decoded.logits)}
+            return {"depth": depth, "confidence": self._confidence(model_state, decoded.logits)}
 
         return geometry.predict_windows(square, batch["image"], flip=self.flip, min_value=MIN_DEPTH)
 
@@ -198,12 +199,14 @@ class DepthTask:
     def _to_grid(self, x_BT: jax.Array) -> jax.Array:
         return x_BT.reshape(x_BT.shape[0], self.grid, self.grid, *x_BT.shape[2:])
 
-    def _confidence(self, logits_BTK: jax.Array) -> jax.Array:
-        log_p = jax.nn.log_softmax(logits_BTK)
-        entropy_BT = -jnp.sum(jnp.exp(log_p) * log_p, -1)
-        sure_Bhw = 1 - self._to_grid(entropy_BT) / jnp.log(logits_BTK.shape[-1])
-        shape = (sure_Bhw.shape[0], self.image_size, self.image_size)
-        return jnp.clip(jax.image.resize(sure_Bhw, shape, "bilinear"), 0.0, 1.0)
+    def _confidence(self, model_state: Tree, logits_BTK: jax.Array) -> jax.Array:
+        codes_K11 = jnp.arange(logits_BTK.shape[-1]).reshape(-1, 1, 1)
+        depth_K = jnp.mean(self._tokenizer(model_state, "decode", codes_K11), axis=(1, 2, 3))
+        p_BTK = jax.nn.softmax(logits_BTK)
+        deviation_BTK = depth_K.reshape(1, 1, -1) - (p_BTK @ depth_K)[..., None]
+        spread_Bhw = self._to_grid(jnp.sqrt(jnp.sum(p_BTK * deviation_BTK**2, -1)))
+        shape = (spread_Bhw.shape[0], self.image_size, self.image_size)
+        return 1 / (1 + jax.image.resize(spread_Bhw, shape, "bilinear"))
 
 
 def _check_layout(task: DepthTask) -> None:
