@@ -22,3 +22,12 @@ def nyu_frames():
     if not folder.is_dir():
         pytest.skip(f"no real frames in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def coco_subset():
+    """The folder of real COCO images, train2017, val2017 and annotations; tests that need it are skipped without it."""
+    folder = SHARED / "data" / "coco"
+    if not folder.is_dir():
+        pytest.skip(f"no real COCO images in {folder}")
+    return folder

@@ -22,7 +22,42 @@ class DataError(ValueError):
 READ_ERRORS = (DataError, FileNotFoundError)  # what `NyuSource.read` raises for a broken example
 
 
-class NyuSource:
+class Skipping:
+    """Access past broken examples, for sources with `names`, `read` and `len`."""
+
+    def __init__(self, on_error: str):
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'")
+        self.on_error, self.skipped = on_error, set()
+        self._lock = threading.Lock()
+
+    def read_readable(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
+        """Like `read`, with the index that was read: under on_error='skip' the first readable one of index, index+1, …
+
+        Every broken example is logged once with the reason and added to `skipped`.
+        """
+        if self.on_error == "raise":
+            return index, self.read(index)
+        reason = None
+        for candidate in (*range(index, len(self)), *range(index)):
+            if self.names[candidate] in self.skipped:
+                continue
+            try:
+                return candidate, self.read(candidate)
+            except READ_ERRORS as error:
+                reason = error
+                self._skip(self.names[candidate], error)
+        raise DataError(f"all {len(self)} examples are broken; see the log for each") from reason
+
+    def _skip(self, name: str, reason: object) -> None:
+        with self._lock:  # the pipeline reads in threads
+            known = name in self.skipped
+            self.skipped.add(name)
+        if not known:
+            logging.warning("skipped %s: %s", name, reason)
+
+
+class NyuSource(Skipping):
     """Random access to pairs of an RGB image and a depth map.
 
     Args:
@@ -56,11 +91,9 @@ class NyuSource:
         images: bool = True,
         expected_count: int = 0,
     ):
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'")
-        self.on_error, self.images, self.skipped = on_error, images, set()
+        super().__init__(on_error)
+        self.images = images
         self._cache = {} if cache else None
-        self._lock = threading.Lock()
         self._folder = Path(root) / subfolder
         if not self._folder.is_dir():
             raise FileNotFoundError(
@@ -106,31 +139,6 @@ class NyuSource:
                 array.setflags(write=False)
             self._cache[index] = example
         return dict(example)
-
-    def read_readable(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
-        """Like `read`, with the index that was read: under on_error='skip' the first readable one of index, index+1, …
-
-        Every broken example is logged once with the reason and added to `skipped`.
-        """
-        if self.on_error == "raise":
-            return index, self.read(index)
-        reason = None
-        for candidate in (*range(index, len(self)), *range(index)):
-            if self.names[candidate] in self.skipped:
-                continue
-            try:
-                return candidate, self.read(candidate)
-            except READ_ERRORS as error:
-                reason = error
-                self._skip(self.names[candidate], error)
-        raise DataError(f"{self._folder}: all {len(self)} examples are broken; see the log for each") from reason
-
-    def _skip(self, name: str, reason: object) -> None:
-        with self._lock:  # the pipeline reads in threads
-            known = name in self.skipped
-            self.skipped.add(name)
-        if not known:
-            logging.warning("skipped %s: %s", name, reason)
 
     def _from_list(self, path: Path) -> list[tuple[str, str]]:
         if not path.is_file():

@@ -10,13 +10,15 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from aitok_jax.data import nyu, transforms
+from aitok_jax.data import coco, nyu, objects, transforms
 
 Batch = dict[str, np.ndarray]
+Transform = transforms.Transform | objects.HostTransform
 
 RECIPES = ("tokenizer", "solver")
 _PREFETCH = 2  # batches
@@ -34,7 +36,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        """`image` uint8[H,W,3] RGB and `depth` float32[H,W] metres."""
+        """`image` uint8[H,W,3] RGB and `depth` float32[H,W] metres; for a HostTransform, what that reads."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Data:
 
     train: Source
     eval: Source
-    train_transform: transforms.Transform
-    eval_transform: transforms.Transform
+    train_transform: Transform
+    eval_transform: Transform
 
 
 def train_batches(
@@ -62,7 +64,8 @@ def train_batches(
     Args:
       source: every example is read once an epoch; a broken one is an error, or the next readable one takes its place
         where the source says so (on_error='skip').
-      transform: `transform(example, seed)` in TensorFlow ops, which brings all examples to one size.
+      transform: `transform(example, seed)` in TensorFlow ops, which brings all examples to one size; or a
+        HostTransform, which runs in Python with a generator made from (seed, position).
       batch_size: examples of all hosts together; host i gets slots [i*B/P, (i+1)*B/P).
 
     Returns:
@@ -113,22 +116,31 @@ def eval_batches(
 def build(config: Any) -> Data:
     """Sources and transforms of a run from `config.data`.
 
-    Keys: name ('nyu'), root, train_list, test_list ('' = look through the folder), train_subfolder, test_subfolder,
-    size (crop side), recipe ('tokenizer' | 'solver'), columns, color, cutdepth, on_error, cache, expected_train,
-    expected_test (0 = any), render ({} or the arguments of `scenes.ensure`: train, test, height, width, seed).
+    Keys of all: name, root, on_error, cache, expected_train, expected_test (examples; 0 = any), render ({} or the
+    arguments of `scenes.ensure`: train, test, height, width, seed, format).
+    'nyu': train_list, test_list ('' = look through the folder), train_subfolder, test_subfolder, size (crop side),
+    recipe ('tokenizer' | 'solver'), columns, color, cutdepth.
+    'coco': train_images, test_images (folders), train_annotations, test_annotations (JSONs; all relative to root),
+    size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high).
+    'coco_masks': folders and JSONs as 'coco', mask_size.
     """
-    if config.name != "nyu":
-        raise ValueError(f"data.name={config.name!r} must be 'nyu' (NYUv2, or any folder in its layout)")
+    builders = {"nyu": _nyu, "coco": _coco, "coco_masks": _coco_masks}
+    if config.name not in builders:
+        raise ValueError(
+            f"data.name={config.name!r} must be 'nyu' (NYUv2, or any folder in its layout), 'coco' (images with an "
+            "instances JSON) or 'coco_masks' (the masks of one)"
+        )
+    return builders[config.name](config)
+
+
+def _nyu(config: Any) -> Data:
     if config.recipe not in RECIPES:
         raise ValueError(f"data.recipe={config.recipe!r} must be one of {RECIPES}")
     if config.recipe == "tokenizer":
         train_transform = transforms.tokenizer_train(config.size, tuple(config.columns))
     else:
         train_transform = transforms.solver_train(config.size, config.color, config.cutdepth)
-    if config.render:
-        from aitok_jax.data import scenes
-
-        scenes.ensure(config.root, **{"workers": os.cpu_count() or 1, **config.render})
+    _render(config)
     source = functools.partial(nyu.NyuSource, config.root, on_error=config.on_error, cache=config.cache)
     train = source(
         config.train_list,
@@ -140,25 +152,65 @@ def build(config: Any) -> Data:
     return Data(train, test, train_transform, transforms.evaluation())
 
 
+def _coco(config: Any) -> Data:
+    train_transform = objects.training(config.size, config.num_objects, config.mask_size, tuple(config.jitter))
+    counts = config.expected_train, config.expected_test
+    train, test = _coco_sources(config, *counts, masks=config.mask_size > 0, cache=config.cache)
+    return Data(train, test, train_transform, objects.evaluation(config.size))
+
+
+def _coco_masks(config: Any) -> Data:
+    sources = _coco_sources(config)
+    train, test = (
+        coco.MaskSource(source, size=config.mask_size, cache=config.cache, expected_count=count)
+        for source, count in zip(sources, (config.expected_train, config.expected_test), strict=True)
+    )
+    transform = functools.partial(objects.instance, config.mask_size)
+    return Data(train, test, transform(train=True), transform(train=False))
+
+
+def _coco_sources(
+    config: Any, expected_train: int = 0, expected_test: int = 0, **options: Any
+) -> tuple[coco.CocoSource, coco.CocoSource]:
+    """The sources to train and to evaluate on, which must have the same categories."""
+    _render(config, format="coco")
+    root = Path(config.root)
+    source = functools.partial(coco.CocoSource, on_error=config.on_error, **options)
+    trained = source(
+        root / config.train_images,
+        root / config.train_annotations,
+        with_objects=True,
+        expected_count=expected_train,
+    )
+    tested = source(root / config.test_images, root / config.test_annotations, expected_count=expected_test)
+    if (trained.category_ids, trained.categories) != (tested.category_ids, tested.categories):
+        raise nyu.DataError(
+            f"{trained.path} lists {len(trained.categories)} categories and {tested.path} {len(tested.categories)}, "
+            "not the same ones; class numbers would differ: give both the same list"
+        )
+    return trained, tested
+
+
+def _render(config: Any, **defaults: Any) -> None:
+    """Makes the built-in scenes, where asked for."""
+    if config.render:
+        from aitok_jax.data import scenes
+
+        scenes.ensure(config.root, **{"workers": os.cpu_count() or 1, **defaults, **config.render})
+
+
 def _batches(counts, place, source, transform, seed, local, *, replace_broken) -> Iterator[Batch]:
     """Turns a dataset of counts into batches; `place(count)` gives (position, index into the source, real)."""
     tf = _tensorflow()
-    images = getattr(source, "images", True)
     failures = []
-    read = _reader(source, transform, images, failures)
-    kinds = [tf.int32, tf.float32, tf.uint8] if images else [tf.int32, tf.float32]
+    reading = _host_reading if isinstance(transform, objects.HostTransform) else _tensorflow_reading
+    example_at = reading(source, transform, seed, failures)
 
     def load(count):
         position, index, real = place(count)
         index = tf.cast(index, tf.int32)
-        used, depth, *image = tf.numpy_function(read, [position, index], kinds)
+        used, example = example_at(position, index)
         used.set_shape([])
-        depth.set_shape([None, None])
-        example = {"depth": depth}
-        if images:
-            image[0].set_shape([None, None, 3])
-            example["image"] = image[0]
-        example = dict(transform(example, tf.stack([tf.constant(seed, tf.int32), tf.cast(position, tf.int32)])))
         example["id"] = used if replace_broken else index
         example["mask"] = tf.cast(real if replace_broken else real & (used == index), tf.float32)
         return example
@@ -169,11 +221,63 @@ def _batches(counts, place, source, transform, seed, local, *, replace_broken) -
     return _iterate(dataset, failures)
 
 
-def _reader(source, transform, images, failures):
-    """`(position, index) -> (index used, depth, image)` for tf.numpy_function; keeps what it raises in `failures`."""
+def _host_reading(source, transform, seed, failures):
+    """`(position, index) -> (index used, example)` in TensorFlow, where the transform runs in Python too."""
+    tf = _tensorflow()
+    kinds = [tf.int32, *(tf.as_dtype(dtype) for dtype, _ in transform.spec.values())]
+
+    def arrays(example, name, position):
+        transformed = transform(example, np.random.default_rng((seed, position)))
+        return [transformed[key] for key in transform.spec]
+
+    read = _reader(source, arrays, failures)
+
+    def example_at(position, index):
+        used, *tensors = tf.numpy_function(read, [position, index], kinds)
+        example = dict(zip(transform.spec, tensors, strict=True))
+        for key, (_, shape) in transform.spec.items():
+            example[key].set_shape(shape)
+        return used, example
+
+    return example_at
+
+
+def _tensorflow_reading(source, transform, seed, failures):
+    """The same where the transform consists of TensorFlow ops on depth, and on an image where the source has one."""
+    tf = _tensorflow()
+    images = getattr(source, "images", True)
+    kinds = [tf.int32, tf.float32, tf.uint8] if images else [tf.int32, tf.float32]
     check = getattr(transform, "check", None)
     keeps_size = not getattr(transform, "size", 0)
     first = {}
+
+    def arrays(example, name, position):
+        height, width = example["depth"].shape
+        if check is not None:
+            check(height, width, name)
+        if keeps_size and first.setdefault("size", (height, width, name))[:2] != (height, width):
+            raise nyu.DataError(
+                f"{name} is {height}x{width} but {first['size'][2]} is {first['size'][0]}x{first['size'][1]}; "
+                "examples read at full size must all have one size: resize the files"
+            )
+        return [example["depth"], example["image"]] if images else [example["depth"]]
+
+    read = _reader(source, arrays, failures)
+
+    def example_at(position, index):
+        used, depth, *image = tf.numpy_function(read, [position, index], kinds)
+        depth.set_shape([None, None])
+        example = {"depth": depth}
+        if images:
+            image[0].set_shape([None, None, 3])
+            example["image"] = image[0]
+        return used, dict(transform(example, tf.stack([tf.constant(seed, tf.int32), tf.cast(position, tf.int32)])))
+
+    return example_at
+
+
+def _reader(source, arrays, failures):
+    """`(position, index) -> [index used, *arrays(example, name, position)]`; keeps what it raises in `failures`."""
 
     def read(position, index):
         try:
@@ -181,16 +285,7 @@ def _reader(source, transform, images, failures):
                 used, example = source.read_readable(int(index))
             else:
                 used, example = int(index), source.read(int(index))
-            name, (height, width) = source.names[used], example["depth"].shape
-            if check is not None:
-                check(height, width, name)
-            if keeps_size and first.setdefault("size", (height, width, name))[:2] != (height, width):
-                raise nyu.DataError(
-                    f"{name} is {height}x{width} but {first['size'][2]} is {first['size'][0]}x{first['size'][1]}; "
-                    "examples read at full size must all have one size: resize the files"
-                )
-            arrays = [example["depth"], example["image"]] if images else [example["depth"]]
-            return [np.int32(used), *arrays]
+            return [np.int32(used), *arrays(example, source.names[used], int(position))]
         except Exception as error:
             failures.append((int(position), error))
             raise

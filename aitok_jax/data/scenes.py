@@ -7,6 +7,7 @@ published NYUv2 layout (AIT.md, section 8) and as COCO annotations, so that the 
 """
 
 import argparse
+import concurrent.futures
 import functools
 import json
 import multiprocessing
@@ -308,8 +309,9 @@ def _run(jobs: list[_Job], workers: int, title: str) -> list[list[dict]]:
     progress = functools.partial(tqdm, total=len(jobs), desc=title, unit="scene")
     if workers == 1 or len(jobs) < 2:
         return list(progress(map(_write_scene, jobs)))
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-        return list(progress(pool.imap(_write_scene, jobs, chunksize=4)))
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn) as pool:
+        return list(progress(pool.map(_write_scene, jobs, chunksize=4)))
 
 
 def main() -> None:

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 Example = dict[str, Any]
 
 CUTDEPTH_MODES = ("published", "metric", "off")
 CUTDEPTH_MAX_DEPTH = 10.0  # metres that 'metric' shows as 255
+PAD = np.array((123.675, 116.28, 103.53), np.float32) / 255  # colour around images: exactly 0 once normalised
 HUE_DEGREES, SATURATION, VALUE = 20.0, 30.0, 20.0  # largest shifts (AIT.md section 7); the latter on the 0..255 scale
 
 # Added to the seed of each random op. Large and odd, so that runs with small seeds 0, 1, 2, ... share no stream.
