@@ -2,6 +2,7 @@
 
 import types
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from aitok_jax.evaluators import base, evaluate
 class ToyTask:
     """Predicts depth from the red channel."""
 
+    evaluator: ClassVar[str] = "depth"
     eval_crop: tuple[int, int, int, int] | None = None
     max_depth: float = 10.0
     confident: bool = True

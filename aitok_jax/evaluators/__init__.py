@@ -1,5 +1,16 @@
 """Evaluation of a task on a whole data set: flat names to numbers."""
 
-from aitok_jax.evaluators.depth import evaluate
+from __future__ import annotations
 
-__all__ = ["evaluate"]
+from typing import Any
+
+from aitok_jax.evaluators import coco, depth, reconstruction
+
+EVALUATORS = {"depth": depth.evaluate, "objects": coco.evaluate, "masks": reconstruction.evaluate}
+
+
+def evaluate(task: Any, *args: Any, baseline: bool = False, **options: Any) -> dict[str, float]:
+    """Evaluates with the evaluator of the task's kind, which see; only depth has a baseline."""
+    if task.evaluator == "depth":
+        options["baseline"] = baseline
+    return EVALUATORS[task.evaluator](task, *args, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -134,5 +134,4 @@ def _write_panels(arrays, names, folder: Path, panels: int) -> None:
         picture = visualize.depth_panel(
             batch["image"][row], outputs["depth"][row], truth=batch["depth"][row], confidence=confidence, title=name
         )
-        file_name = str(PurePosixPath(name).with_suffix("")).strip("/").replace("/", "_") + ".png"
-        visualize.save_png(folder / file_name, picture)
+        visualize.save_png(folder / visualize.png_name(name), picture)

@@ -1,0 +1,114 @@
+"""Evaluation of objects: box, mask and boundary AP with pycocotools (AIT.md section 8)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from aitok_jax import paste, visualize
+from aitok_jax.data import pipeline
+from aitok_jax.evaluators.average_precision import KINDS, CocoScorer
+from aitok_jax.evaluators.base import run_batches, to_host
+from aitok_jax.tasks.base import compiled_predict
+
+PANEL_SCORE = 0.3
+"""Objects below this score are left out of the pictures, not of the numbers."""
+
+
+def evaluate(
+    task: Any,
+    params: Any,
+    model_state: Any,
+    data: Any,
+    *,
+    batch_size: int,
+    prefix: str,
+    mesh: Mesh | None = None,
+    faster: bool = False,
+    panels_dir: str | Path | None = None,
+    panels: int = 8,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Evaluates a detector, or an instance segmenter, on all images of `data.eval`.
+
+    The predicted objects are brought back to the original images (`paste.to_results`) as the batches come; masks are
+    kept as RLE. The result is the same for any batch size, mesh and number of hosts (each host measures everything).
+
+    Args:
+        task: has `predict`, whose outputs are `boxes` f32[B,N,4] x1 y1 x2 y2 in pixels of the input, `classes`
+            int32[B,N], `scores` f32[B,N], `valid` bool[B,N] and, for instances, `masks` f32[B,N,S,S].
+        params, model_state: what `task.predict` takes.
+        data: has `eval` and `eval_transform` for `pipeline.eval_batches`, whose batches hold `id`, `mask`, `scale`
+            f32[B,2] and `original_size` int32[B,2]. `data.eval` has `coco` (pycocotools), `ids` (COCO's image id of
+            each example), `category_ids` and `categories` (names) of each class, and for the pictures `names`, `read`.
+        batch_size: images a step, over all hosts.
+        prefix: first part of the metrics' names.
+        mesh: spreads the batches over its devices; None runs where `params` lie.
+        faster: measure with faster-coco-eval, as in `CocoScorer`.
+        panels_dir: folder for pictures of the first `panels` images, NAME.png with '/' in names replaced by '_'.
+        progress: show a progress bar.
+    Returns:
+        `prefix/box_ap`, `prefix/box_ap50` and so on as in `CocoScorer.result`; where the task predicts masks, also
+        `prefix/mask_...` and `prefix/boundary_...`; `prefix/images_left_out`, the number of images that could not be
+        read, where there are any (on_error='skip').
+    Raises:
+        ValueError: as `CocoScorer.add`.
+    """
+    source, predict = data.eval, compiled_predict(task)
+    scorer = CocoScorer(source.coco, source.ids, faster=faster)
+    batches = pipeline.eval_batches(
+        source,
+        data.eval_transform,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    steps = run_batches(
+        lambda batch: predict(params, model_state, batch),
+        batches,
+        mesh=mesh,
+        total=-(-len(source) // batch_size),
+        label=prefix,
+        progress=progress,
+    )
+    with_masks = False
+    for batch, outputs in steps:
+        about, outputs = to_host(({name: batch[name] for name in ("id", "mask", "scale", "original_size")}, outputs))
+        with_masks = "masks" in outputs
+        for row in np.flatnonzero(about["mask"] > 0):
+            index = int(about["id"][row])
+            objects = {name: values[row] for name, values in outputs.items()}
+            scale, size = about["scale"][row], about["original_size"][row]
+            results = paste.to_results(objects, source.ids[index], source.category_ids, scale, size)
+            scorer.add(source.ids[index], results)
+            if panels_dir is not None and index < panels:
+                _write_panel(results, source, index, Path(panels_dir), with_masks)
+    left_out = scorer.leave_out_missing()
+    numbers = scorer.result(tuple(KINDS) if with_masks else ("box",))
+    if left_out:
+        numbers["images_left_out"] = float(left_out)
+    return {f"{prefix}/{name}": value for name, value in numbers.items()}
+
+
+def _write_panel(results, source, index: int, folder: Path, with_masks: bool) -> None:
+    """Writes the picture of one image (on the first host)."""
+    if jax.process_index() != 0:
+        return
+    shown = paste.from_results([r for r in results if r["score"] >= PANEL_SCORE], source.category_ids)
+    example, name = source.read(index), source.names[index]
+    parts = ("boxes", "classes", "masks") if with_masks else ("boxes", "classes")
+    picture = visualize.objects_panel(
+        example["image"],
+        shown["boxes"],
+        shown["classes"],
+        shown["scores"],
+        shown.get("masks"),
+        source.categories,
+        truth={part: example[part] for part in parts},
+        title=name,
+    )
+    visualize.save_png(folder / visualize.png_name(name), picture)

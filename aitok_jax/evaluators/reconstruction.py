@@ -1,0 +1,130 @@
+"""Evaluation of a mask tokenizer: every ground-truth mask to tokens and back, measured as AP (AIT.md section 8)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from pycocotools import mask as coco_mask
+
+from aitok_jax import paste, visualize
+from aitok_jax.data import pipeline
+from aitok_jax.evaluators.average_precision import CocoScorer
+from aitok_jax.evaluators.base import run_batches, to_host
+from aitok_jax.tasks.base import compiled_predict
+
+CANVAS_GREY = 128
+
+
+def evaluate(
+    task: Any,
+    params: Any,
+    model_state: Any,
+    data: Any,
+    *,
+    batch_size: int,
+    prefix: str,
+    mesh: Mesh | None = None,
+    panels_dir: str | Path | None = None,
+    panels: int = 8,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Measures how well the masks of `data.eval` survive the tokenizer.
+
+    Each reconstructed crop is pasted back into its box, thresholded at 1/2 and scored 1 in the category of its
+    annotation; AP is over all images of the ground truth, so that an annotated object without an example counts as a
+    miss. The result is the same for any batch size, mesh and number of hosts.
+
+    Args:
+        task: has `predict`, whose output `instance` f32[B,S,S] in 0..1 is the crop after tokenizing and detokenizing.
+        params, model_state: what `task.predict` takes.
+        data: has `eval` and `eval_transform` for `pipeline.eval_batches`, whose batches hold `id` and `mask`.
+            `data.eval` has `source.coco` (pycocotools) and, for each example, `annotations` (COCO's entries) and
+            `boxes` [n,4] (x1 y1 x2 y2: the box, in pixels of the image, that the crop was cut at).
+        batch_size: masks a step, over all hosts.
+        prefix: first part of the metrics' names.
+        mesh: spreads the batches over its devices; None runs where `params` lie.
+        panels_dir: folder for pictures of the masks of the first `panels` images that have any, NAME.png.
+        progress: show a progress bar.
+    Returns:
+        `prefix/mask_ap`, `prefix/boundary_ap` and the others of `CocoScorer.result`, and `prefix/mask_iou`, the mean
+        over the examples of the IoU of a mask with its reconstruction.
+    """
+    source, predict = data.eval, compiled_predict(task)
+    coco = source.source.coco
+    results = {image_id: [] for image_id in sorted(coco.imgs)}
+    overlaps = []
+    batches = pipeline.eval_batches(
+        source,
+        data.eval_transform,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    steps = run_batches(
+        lambda batch: predict(params, model_state, batch),
+        batches,
+        mesh=mesh,
+        total=-(-len(source) // batch_size),
+        label=prefix,
+        progress=progress,
+    )
+    for batch, outputs in steps:
+        rows = to_host({"id": batch["id"], "mask": batch["mask"], "instance": outputs["instance"]})
+        for row in np.flatnonzero(rows["mask"] > 0):
+            index = int(rows["id"][row])
+            annotation = source.annotations[index]
+            result, overlap = _measure(rows["instance"][row], source.boxes[index], annotation, coco)
+            results[annotation["image_id"]] += result
+            overlaps.append(overlap)
+    scorer = CocoScorer(coco)
+    for image_id, its_results in results.items():
+        scorer.add(image_id, its_results)
+    if panels_dir is not None:
+        _write_panels(coco, results, Path(panels_dir), panels)
+    numbers = scorer.result(("mask", "boundary")) | {"mask_iou": float(np.mean(overlaps))}
+    return {f"{prefix}/{name}": value for name, value in numbers.items()}
+
+
+def _measure(crop_SS, box_4, annotation, coco) -> tuple[list[dict[str, Any]], float]:
+    """COCO results of one reconstructed mask (none where its box is empty) and its IoU with the annotation."""
+    x1, y1, x2, y2 = (float(v) for v in box_4)
+    if not (x1 < x2 and y1 < y2):
+        return [], 0.0
+    image = coco.imgs[annotation["image_id"]]
+    segmentation = paste.paste_rle(np.asarray(crop_SS), box_4, image["height"], image["width"])
+    result = {
+        "image_id": annotation["image_id"],
+        "category_id": annotation["category_id"],
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "score": 1.0,
+        "segmentation": segmentation,
+    }
+    return [result], float(coco_mask.iou([segmentation], [coco.annToRLE(annotation)], [0])[0, 0])
+
+
+def _write_panels(coco, results, folder: Path, panels: int) -> None:
+    """Writes the pictures of the first images: annotated masks beside their reconstructions (on the first host)."""
+    if jax.process_index() != 0:
+        return
+    category_ids = sorted(coco.cats)
+    categories = [coco.cats[category]["name"] for category in category_ids]
+    for image_id in [i for i, its_results in results.items() if its_results][:panels]:
+        image = coco.imgs[image_id]
+        annotations = [a for a in coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
+        truth = [{**a, "score": 1.0, "segmentation": coco.annToRLE(a)} for a in annotations]
+        shown = paste.from_results(results[image_id], category_ids)
+        picture = visualize.objects_panel(
+            np.full((image["height"], image["width"], 3), CANVAS_GREY, np.uint8),
+            shown["boxes"],
+            shown["classes"],
+            None,
+            shown["masks"],
+            categories,
+            truth=paste.from_results(truth, category_ids),
+            title=image["file_name"],
+        )
+        visualize.save_png(folder / visualize.png_name(image["file_name"]), picture)
