@@ -69,6 +69,7 @@ def test_model_size():
 def test_image_of_the_model_size_is_not_resized(predictor):
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     maps = predictor(image)
+    assert predictor.tasks == ("depth",)
     assert set(maps) == {"depth", "confidence"}
     np.testing.assert_allclose(maps["depth"], 8 * image[..., 0].astype(np.float32) / 255, rtol=1e-6)
     np.testing.assert_allclose(maps["confidence"], image[..., 1].astype(np.float32) / 255, rtol=1e-6)
@@ -135,6 +136,8 @@ def test_unknown_tasks_are_refused(predictor):
         predictor(picture(30, 40), task="instances")
     with pytest.raises(ValueError, match="'depth_tokenizer' cannot predict"):
         Predictor(ToyTask(), {}, {}, "depth_tokenizer")
+    with pytest.raises(ValueError, match="no objects"):
+        predictor.coco_results(picture(30, 40))
 
 
 def test_load(checkpoint):
@@ -184,7 +187,7 @@ def test_two_images_of_one_name_are_refused_before_any_work(checkpoint, tmp_path
     with pytest.raises(SystemExit) as stop:
         main([checkpoint, "--image", *images, f"--out={tmp_path / 'out'}"])
     assert stop.value.code == 2
-    assert "rgb_depth.npy" in capsys.readouterr().err
+    assert "rgb_panel.png" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([checkpoint, "--image", images[0], images[0], f"--out={tmp_path / 'out'}"]) == 0
 

@@ -1,0 +1,296 @@
+"""Instances and detection from the Predictor and its command line: a toy model that finds what is white, and small
+real ones."""
+
+import json
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from aitok_jax import checkpoint, paste, predict, tasks
+from aitok_jax.data import objects
+from aitok_jax.predict import Predictor, fit_square, main
+from aitok_jax.tasks.base import compiled_predict
+from aitok_jax.vocab import Vocabulary
+
+VOCABULARY = Vocabulary(num_classes=4)
+
+
+@dataclass(frozen=True)
+class ToyObjects:
+    """Objects as in its parameters, the first of them boxed around what is white; masks are their boxes' left half."""
+
+    image_size: int = 64
+    tokenizer: str | None = "masks"
+    vocabulary: Vocabulary = VOCABULARY
+
+    def predict(self, params, model_state, batch):
+        white = batch["image"][0].min(-1) > 0.75
+        edges = [f(white.any(axis)) for f in (first, last) for axis in (0, 1)]
+        boxes = params["boxes"].at[0].set(jnp.stack(edges).astype(jnp.float32))
+        masks = jnp.zeros((len(boxes), 4, 4)).at[:, :, :2].set(1.0)
+        outputs = {**params, "boxes": boxes} | ({"masks": masks} if self.tokenizer else {})
+        return {name: values[None] for name, values in outputs.items()}
+
+
+def first(is_white):
+    return jnp.argmax(is_white)
+
+
+def last(is_white):
+    return len(is_white) - jnp.argmax(is_white[::-1])
+
+
+CATEGORIES = [{"id": 7, "name": "cup"}, {"id": 2, "name": "dog"}, {"id": 90, "name": "sofa"}]
+TOY = {  # in a 64 x 64 input, of which an image of 100 x 200 fills the upper half
+    "boxes": [
+        [0, 0, 0, 0],
+        [8, 4, 16, 20],
+        [8, 4, 16, 20],
+        [16, 4, 8, 20],
+        [0, 40, 9, 60],
+        [50, 20, 80, 40],
+        [1, 1, 9, 9],
+    ],
+    "classes": [1, 0, 0, 0, 0, 2, 3],  # the last is none of the categories
+    "scores": [0.5, 0.25, 0.9, 0.9, 0.9, 0.75, 0.9],
+    "valid": [True, True, False, True, True, True, True],
+}
+
+
+def toy_predictor(**options):
+    params = {name: np.asarray(values) for name, values in TOY.items()}
+    params["boxes"], params["scores"] = (params[name].astype(np.float32) for name in ("boxes", "scores"))
+    return Predictor(ToyObjects(**options), params, {}, "instances", CATEGORIES)
+
+
+@pytest.fixture
+def toy():
+    return toy_predictor()
+
+
+def picture(height, width):
+    """A smooth, dark image."""
+    rows, columns = np.mgrid[0:height, 0:width] / np.array([height, width])[:, None, None]
+    planes = [40 + 120 * rows, 60 + 100 * columns, np.zeros((height, width))]
+    return np.stack(planes, -1).astype(np.uint8)
+
+
+def with_rectangle(height, width, x1, y1, x2, y2):
+    image = picture(height, width)
+    image[y1:y2, x1:x2] = 255
+    return image
+
+
+def test_objects_by_hand(toy):
+    found = toy(with_rectangle(100, 200, 100, 50, 150, 100))
+    assert toy.tasks == ("instances", "detection")
+    assert set(found) == {"boxes", "classes", "names", "scores", "masks"}
+    dtypes = {name: values.dtype for name, values in found.items() if name != "names"}
+    assert dtypes == {"boxes": np.float32, "classes": np.int32, "scores": np.float32, "masks": bool}
+    # invalid, reversed, below the image and of no category: left out; best first; cut at the image's border
+    np.testing.assert_allclose(found["scores"], [0.75, 0.5, 0.25])
+    np.testing.assert_allclose(found["boxes"][[0, 2]], [[156.25, 62.5, 200, 100], [25, 12.5, 50, 62.5]], atol=1e-3)
+    np.testing.assert_array_equal(found["classes"], [2, 1, 0])
+    assert found["names"] == ["sofa", "dog", "cup"]
+    rows, columns = np.flatnonzero(found["masks"][2][:, 31]), np.flatnonzero(found["masks"][2][37])
+    np.testing.assert_allclose([columns.min(), columns.max()], [25, 37], atol=1)  # the left half of the box
+    np.testing.assert_allclose([rows.min(), rows.max()], [12, 62], atol=1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 200), (200, 100), (64, 64), (40, 25), (250, 251), (17, 64)])
+def test_objects_lie_where_they_are_in_the_image(toy, height, width):
+    box = [width // 2, height // 4, width - width // 8, height - height // 3]
+    found = toy(with_rectangle(height, width, *box))
+    row = found["names"].index("dog")
+    pixel = max(height, width) / 64  # of the model
+    np.testing.assert_allclose(found["boxes"][row], box, atol=1.01 * max(pixel, 1))
+    assert found["masks"].shape == (len(found["scores"]), height, width)
+    inside = np.zeros((height, width), bool)
+    inside[box[1] : box[3], box[0] : (box[0] + box[2]) // 2] = True
+    both = (found["masks"][row] & inside).sum() / (found["masks"][row] | inside).sum()
+    assert both > 0.7
+
+
+def test_detection_is_instances_without_masks(toy):
+    image = with_rectangle(100, 200, 100, 50, 150, 100)
+    instances, detection = toy(image, "instances"), toy(image, "detection")
+    masks = instances.pop("masks")
+    assert len(masks) == len(instances["scores"])
+    assert detection.keys() == instances.keys()
+    for name, values in detection.items():
+        np.testing.assert_array_equal(values, instances[name])
+    detector = toy_predictor(tokenizer=None)
+    assert detector.tasks == ("detection",)
+    np.testing.assert_array_equal(detector(image)["boxes"], detection["boxes"])
+    with pytest.raises(ValueError, match=r"task='instances'.*: 'detection'"):
+        detector(image, task="instances")
+
+
+def test_min_score(toy):
+    image = picture(100, 200)
+    np.testing.assert_allclose(toy(image, min_score=0.75)["scores"], [0.75])
+    nothing = toy(image, min_score=1.0)
+    assert nothing["boxes"].shape == (0, 4)
+    assert nothing["masks"].shape == (0, 100, 200)
+    assert nothing["masks"].dtype == bool
+    assert nothing["names"] == []
+    assert "masks" not in toy(image, "detection", min_score=1.0)
+    with pytest.raises(ValueError, match=r"min_score=50 must be in 0..1"):
+        toy(image, min_score=50)
+
+
+def test_coco_results(toy):
+    image = with_rectangle(100, 200, 100, 50, 150, 100)
+    results, found = toy.coco_results(image, image_id="room"), toy(image)
+    assert [result["category_id"] for result in results] == [90, 2, 7]
+    assert {result["image_id"] for result in results} == {"room"}
+    for result, box, mask in zip(results, found["boxes"], found["masks"], strict=True):
+        np.testing.assert_allclose(result["bbox"], [*box[:2], *(box[2:] - box[:2])], rtol=1e-5)
+        np.testing.assert_array_equal(coco_mask.decode(result["segmentation"]), mask)
+    assert "segmentation" not in toy.coco_results(image, "detection")[0]
+    with pytest.raises(ValueError, match=r"task='depth'.*: 'instances', 'detection'"):
+        toy.coco_results(image, "depth")
+    with pytest.raises(ValueError, match=r"\(4, 5\)"):
+        toy.coco_results(np.zeros((4, 5), np.uint8))
+
+
+def test_categories():
+    unnamed = Predictor(ToyObjects(), {}, {}, "instances").categories
+    assert unnamed == [{"id": i + 1, "name": f"class {i}"} for i in range(4)]
+    with pytest.raises(ValueError, match=r"6 categories.* 4 classes"):
+        Predictor(ToyObjects(), {}, {}, "instances", 2 * CATEGORIES)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (30, 17), (200, 333), (500, 100), (64, 64), (1, 300), (3, 1)])
+def test_objects_see_what_their_evaluation_sees(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    square, scale = fit_square(image, 64)
+    expected = objects.evaluation(64)({"image": image}, np.random.default_rng(0))
+    assert square.dtype == np.float32
+    np.testing.assert_array_equal(square, expected["image"])
+    np.testing.assert_array_equal(scale, expected["scale"])
+
+
+BACKBONE = {
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "windows": [4, 4],
+    "pretrain_windows": [4, 4],
+    "use_shift": [True, False],
+}
+TRANSFORMER = {"dim": 16, "num_heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 1, "num_tasks": 3}
+TOKENIZER = {"hidden": 4, "downsample": 8, "num_res_blocks": 0, "num_codes": 5, "code_dim": 4}
+SIZES = {"num_bins": 20, "num_classes": 3, "num_mask_codes": 5, "num_depth_codes": 5}
+SHARED = {"backbone": BACKBONE, "transformer": {**TRANSFORMER, "max_length": 108}, "vocabulary": SIZES}
+# Weights that were never trained say the same of every object, unless they are sampled
+OBJECTS = {"image_size": 32, "num_objects": 12, "mask_size": 16, "top_p": 1.0}
+DEPTH = {"image_size": 24, "pad_to": 32, "tokenizer": TOKENIZER}
+KINDS = {
+    "detection": {"name": "instances", **SHARED, **OBJECTS},
+    "instances": {"name": "instances", **SHARED, **OBJECTS, "tokenizer": TOKENIZER},
+    "joint": {
+        "name": "joint",
+        "shared": SHARED,
+        "depth": DEPTH,
+        "instances": {**OBJECTS, "tokenizer": TOKENIZER},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a checkpoint of each of `KINDS`, with random weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    image = {"image": np.zeros((1, 32, 32, 3), np.float32)}
+    batches = {name: image for name in KINDS}
+    batches["joint"] = {"instances": image, "depth": {**image, "depth": np.zeros((1, 24, 24), np.float32)}}
+    rng = np.random.default_rng(1)
+    for name, fields in KINDS.items():
+        config = ml_collections.ConfigDict({"task": fields, "categories": CATEGORIES})
+        shapes = jax.eval_shape(tasks.build(config.task).init, jax.random.key(0), batches[name])
+        leaves, tree = jax.tree.flatten(shapes)
+        params, model_state = tree.unflatten(np.float32(rng.normal(0, 0.3, x.shape)) for x in leaves)
+        checkpoint.save_inference(folder / name, {"params": params, "model_state": model_state}, config)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "can"),
+    [("detection", predict.TASKS[2:]), ("instances", predict.TASKS[1:]), ("joint", predict.TASKS)],
+)
+def test_a_checkpoint_predicts_as_its_evaluation(runs, kind, can):
+    predictor = Predictor.load(runs / kind)
+    assert predictor.tasks == can
+    assert predictor.categories == CATEGORIES
+    config, weights = checkpoint.load_inference(runs / kind)
+    task = tasks.build(config.task)
+    task = getattr(task, "parts", {"instances": task})["instances"]
+    image = np.random.default_rng(2).integers(0, 256, (45, 80, 3), dtype=np.uint8)
+    example = objects.evaluation(32)({"image": image}, np.random.default_rng(0))
+    outputs = compiled_predict(task)(weights["params"], weights["model_state"], {"image": example["image"][None]})
+    outputs = {name: np.asarray(values[0]) for name, values in outputs.items()}
+    expected = paste.to_results(outputs, 5, [7, 2, 90], example["scale"], example["original_size"])
+    assert expected
+    assert predictor.coco_results(image, image_id=5) == sorted(expected, key=lambda result: -result["score"])
+    found = predictor([image])[0] if kind != "joint" else predictor(image, "instances")
+    assert ("masks" in found) == (kind != "detection")
+
+
+def test_a_joint_model_also_predicts_depth(runs):
+    predictor = Predictor.load(runs / "joint")
+    image = picture(45, 80)
+    maps = predictor(image)
+    config, weights = checkpoint.load_inference(runs / "joint")
+    alone = Predictor(tasks.build(config.task).parts["depth"], weights["params"], weights["model_state"])
+    assert maps["depth"].shape == (45, 80)
+    np.testing.assert_array_equal(maps["depth"], alone(image)["depth"])
+    assert set(predictor(image, "detection")) == {"boxes", "classes", "names", "scores"}
+    with pytest.raises(ValueError, match=r"task='edges'.*: 'depth', 'instances', 'detection'"):
+        predictor(image, "edges")
+
+
+@pytest.mark.parametrize(("kind", "task"), [("instances", None), ("joint", "detection"), ("detection", None)])
+def test_objects_on_the_command_line(runs, tmp_path, kind, task):
+    Image.fromarray(picture(45, 80)).save(tmp_path / "room.png")
+    Image.new("RGB", (300, 10)).save(tmp_path / "long.png")
+    images = [str(tmp_path / name) for name in ("room.png", "long.png")]
+    given = [f"--task={task}"] if task else []
+    assert main([f"--checkpoint={runs / kind}", *given, "--image", *images, f"--out={tmp_path / 'out'}"]) == 0
+    names = {f"{stem}_{kind}" for stem in ("room", "long") for kind in ("instances.json", "panel.png")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    results = json.loads((tmp_path / "out" / "room_instances.json").read_text())
+    assert results == Predictor.load(runs / kind).coco_results(picture(45, 80), task, image_id="room")
+    assert all(("segmentation" in result) == (kind == "instances") for result in results)
+
+
+def test_the_panel_shows_objects_of_a_high_score(toy, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(Predictor, "load", lambda path: toy)
+    monkeypatch.setattr(
+        predict.visualize, "objects_panel", lambda *args, **_: shown.append(args) or np.zeros((1, 1, 3), np.uint8)
+    )
+    Image.fromarray(picture(100, 200)).save(tmp_path / "room.png")
+    command = ["--checkpoint=x", f"--image={tmp_path / 'room.png'}", f"--out={tmp_path}"]
+    for options, scores in ((), [0.75, 0.5]), (["--min_score=0.7"], [0.75]):
+        assert main([*command, *options]) == 0
+        _, boxes, classes, panel_scores, masks, names = shown.pop()
+        np.testing.assert_allclose(panel_scores, scores)
+        assert len(boxes) == len(classes) == len(masks) == len(scores)
+        assert names == ["cup", "dog", "sofa"]
+        assert len(json.loads((tmp_path / "room_instances.json").read_text())) == 3
+
+
+@pytest.mark.parametrize(("option", "message"), [("--min_score=50", "0..1"), ("--task=depth", "'detection'")])
+def test_wrong_options_stop_before_any_image(runs, option, message, tmp_path, capsys):
+    command = [f"--checkpoint={runs / 'detection'}", option, "--image=a.png", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
