@@ -21,6 +21,7 @@ from aitok_jax.train_state import TrainState
 
 LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+VOCABULARY_TABLES = ("voc_embed", "outp_bias")
 # A run goes on only where these agree with its checkpoint; all else (lengths, intervals, paths) may change.
 FIXED_KEYS = ("name", "seed", "batch_size", "task", "optim.name", "ema_decay")
 
@@ -184,7 +185,8 @@ def merge(target: Mapping, source: Mapping, prefix: str = "") -> tuple[dict, Mer
         run of a tokenizer).
 
     Returns:
-      A new tree and the report. Values taken over have the target's dtype.
+      A new tree and the report. Values taken over have the target's dtype. A vocabulary that has grown at its end (a
+      detection model has no spare codes) keeps its own last rows.
 
     Raises:
       ValueError: `target` has no such subtree, nothing was used, or shapes differ.
@@ -204,6 +206,9 @@ def merge(target: Mapping, source: Mapping, prefix: str = "") -> tuple[dict, Mer
         if new is None:
             missing.append(path)
             return old
+        if path.rsplit("/", 1)[-1] in VOCABULARY_TABLES and _is_longer(old, new):
+            used.append(path)
+            return np.concatenate([np.asarray(new, old.dtype), np.asarray(old[len(new) :])])
         if isinstance(old, Mapping) or isinstance(new, Mapping) or tuple(old.shape) != tuple(new.shape):
             raise ValueError(f"start_from: {path.strip('/')} is {_kind(new)} in the source but {_kind(old)} here")
         used.append(path)
@@ -221,6 +226,29 @@ def merge(target: Mapping, source: Mapping, prefix: str = "") -> tuple[dict, Mer
             f"the state {sorted(_top_paths(_lookup(target, names)))}"
         )
     return merged, MergeReport(*(tuple(sorted(p.strip("/") for p in paths)) for paths in (used, unused, missing)))
+
+
+def start_from(variables: dict, config: ConfigDict) -> dict:
+    """Takes over weights of other runs, as `config.start_from` says, and logs what was used.
+
+    Raises:
+      ValueError: weights that do not fit, or a part of `model_state`, which is never trained, that stays without.
+    """
+    for prefix, path in (config.get("start_from") or {}).items():
+        if not path:
+            if prefix.startswith("model_state"):
+                raise ValueError(f"start_from: {prefix!r} is never trained; give the run directory of its tokenizer")
+            continue
+        _, source = load_inference(path)
+        variables, report = merge(variables, source, prefix)
+        LOG.info("start_from %s <- %s: %s", prefix, path, report)
+        if prefix.startswith("model_state") and report.missing:
+            raise ValueError(f"start_from: {prefix!r} is never trained, but {path} lacks {', '.join(report.missing)}")
+    return variables
+
+
+def _is_longer(old: Any, new: Any) -> bool:
+    return len(old) > len(new) and old.shape[1:] == new.shape[1:]
 
 
 def _lookup(tree: Any, names: list[str]) -> Any:

@@ -61,14 +61,17 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(sharding, abstract_state)
 
 
-def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Puts this process's part of the batch on its devices; entries that are not numeric arrays are left out.
 
     Raises:
       ValueError: the batch cannot be split evenly over the devices.
     """
-    target = batch_sharding(mesh)
-    arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray) and v.dtype.kind in "biuf"}
-    for value in arrays.values():
-        check_batch_size(len(value) * jax.process_count(), mesh)
-    return {key: jax.make_array_from_process_local_data(target, value) for key, value in arrays.items()}
+    target, placed = batch_sharding(mesh), {}
+    for key, value in batch.items():
+        if isinstance(value, Mapping):
+            placed[key] = shard_batch(value, mesh)
+        elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            check_batch_size(len(value) * jax.process_count(), mesh)
+            placed[key] = jax.make_array_from_process_local_data(target, value)
+    return placed

@@ -6,44 +6,29 @@ randomness of a step is fold_in(key(seed), step) and its batch a function of (se
 and started again gives the same bits as one that was not.
 """
 
-import dataclasses
 import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from aitok_jax import checkpoint, config_utils, evaluators, optim, run_dir, sharding, tasks
+from aitok_jax import checkpoint, evaluators, optim, run_dir, sharding
 from aitok_jax.data import pipeline
+from aitok_jax.prepare import Run, prepare
 from aitok_jax.train_state import TrainState
 
 LOG = logging.getLogger(__name__)
 Batch = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-_REQUIRED = ("name", "seed", "task", "data", "batch_size", "eval_batch_size", "train_steps", "log_every", "eval_every")
-_REQUIRED += ("checkpoint_every", "keep_checkpoints", "optim")
 _INIT = 2**32 - 1  # stands for the step in the randomness of the initial parameters
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What stays the same during a run. `variants` are tasks with other fields, evaluated at the end."""
-
-    config: ConfigDict
-    folder: run_dir.RunDir
-    mesh: Mesh
-    task: tasks.Task
-    variants: dict[str, tasks.Task]
-    data: pipeline.Data
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -67,7 +52,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         if start >= config.train_steps:
             return evaluate_all(run, state.inference_params, state.model_state)
         step = _compile(make_step(run, optimizer, shardings), state, example)
-        with run.folder.logging(start, config.batch_size):
+        with run.folder.logging(start, sum(run.each("batch_size").values())):
             state = _loop(run, manager, step, state, batches)
             manager.wait_until_finished()
             metrics = evaluate_all(run, state.inference_params, state.model_state)
@@ -83,48 +68,25 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     return evaluate_all(run, variables["params"], variables["model_state"])
 
 
-def prepare(config: ConfigDict, workdir: str | Path) -> Run:
-    """Mesh, task and data of a configuration. ValueError for all that can be wrong with it, before time is spent."""
-    missing = [key for key in _REQUIRED if key not in config]
-    if missing:
-        raise ValueError(f"config: {', '.join(missing)} must be given")
-    least = {"train_steps": 1, "log_every": 1, "keep_checkpoints": 1, "eval_every": 0, "checkpoint_every": 0}
-    for key, value in least.items():
-        if config[key] < value:
-            raise ValueError(f"{key}={config[key]} must be at least {value}")
-    if not 0.0 <= config.get("ema_decay", 0.0) < 1.0:
-        raise ValueError(f"ema_decay={config.ema_decay} must be in [0, 1); 0 is off")
-    mesh = sharding.make_mesh(config.get("fsdp", 1))
-    sharding.check_batch_size(config.batch_size, mesh)
-    sharding.check_batch_size(config.eval_batch_size, mesh, "eval_batch_size")
-    optim.make_optimizer(config.optim, config.train_steps)
-    task = tasks.build(config.task)
-    if config.data.get("size", task.image_size) != task.image_size:
-        raise ValueError(f"data.size={config.data.size} must be task.image_size={task.image_size}; change one of them")
-    variants = _variants(task, config.get("eval_variants") or {})
-    return Run(config, run_dir.RunDir(workdir), mesh, task, variants, pipeline.build(config.data))
-
-
-def _variants(task: tasks.Task, changes: Mapping) -> dict[str, tasks.Task]:
-    fields = [field.name for field in dataclasses.fields(task)]
-    for prefix, values in changes.items():
-        for key in values:
-            if key not in fields:
-                raise ValueError(f"eval_variants.{prefix}: {config_utils.unknown(key, fields)}")
-    return {prefix: dataclasses.replace(task, **dict(values.items())) for prefix, values in changes.items()}
-
-
 def _batches(run: Run, start: int) -> tuple[Iterator[dict], Batch]:
     """Host batches from step `start` on, and the first of them on the devices, to show shapes."""
-    batches = pipeline.train_batches(
-        run.data.train,
-        run.data.train_transform,
-        batch_size=run.config.batch_size,
-        seed=run.config.seed,
-        start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+
+    def part_batches(name, batch_size):
+        return pipeline.train_batches(
+            run.data[name].train,
+            run.data[name].train_transform,
+            batch_size=batch_size,
+            seed=run.config.seed,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    each = {name: part_batches(name, size) for name, size in run.each("batch_size").items()}
+    if run.joint:
+        batches = (dict(zip(each, rows, strict=True)) for rows in zip(*each.values(), strict=True))
+    else:
+        (batches,) = each.values()
     first = next(batches)
     return itertools.chain([first], batches), sharding.shard_batch(first, run.mesh)
 
@@ -150,24 +112,9 @@ def restore_or_init(
     state = checkpoint.restore_latest(manager, target, run.config)
     if state is None:
         parts = {"params": shardings.params, "model_state": shardings.model_state}
-        variables = _start_from(jax.jit(init, out_shardings=parts)(example), run.config)
+        variables = checkpoint.start_from(jax.jit(init, out_shardings=parts)(example), run.config)
         state = jax.jit(create, out_shardings=shardings)(_put(variables, parts))
     return state, shardings
-
-
-def _start_from(variables: dict, config: ConfigDict) -> dict:
-    """Takes over weights of other runs, as `config.start_from` says, and logs what was used."""
-    for prefix, path in (config.get("start_from") or {}).items():
-        if not path:
-            if prefix.startswith("model_state"):
-                raise ValueError(f"start_from: {prefix!r} is never trained; give the run directory of its tokenizer")
-            continue
-        _, source = checkpoint.load_inference(path)
-        variables, report = checkpoint.merge(variables, source, prefix)
-        LOG.info("start_from %s <- %s: %s", prefix, path, report)
-        if prefix.startswith("model_state") and report.missing:
-            raise ValueError(f"start_from: {prefix!r} is never trained, but {path} lacks {', '.join(report.missing)}")
-    return variables
 
 
 def _put(tree: Any, shardings: Any) -> Any:
@@ -211,13 +158,18 @@ def _compile(step: Any, state: TrainState, example: Batch) -> Step:
 def _loop(
     run: Run, manager: ocp.CheckpointManager, step: Step, state: TrainState, batches: Iterator[dict]
 ) -> TrainState:
-    """All steps that are left. Metrics of a logged step are fetched when the next step is under way."""
+    """All steps that are left. At most two are under way, so that batches do not pile up on the devices (and so that
+    the collectives of many steps cannot block each other on simulated devices). Metrics of a logged step are fetched
+    when the next step is under way.
+    """
     config, start, last = run.config, int(state.step), run.config.train_steps
     hidden = jax.process_index() != 0
-    waiting = None
+    waiting, before = None, {}
     with tqdm(desc=config.name, unit="step", initial=start, total=last, disable=hidden) as bar:
         for number in range(start + 1, last + 1):
             state, metrics = step(state, sharding.shard_batch(next(batches), run.mesh))
+            jax.block_until_ready(before)
+            before = metrics
             bar.update()
             if waiting:
                 _log(run, bar, *waiting)
@@ -236,8 +188,9 @@ def _loop(
                     manager.wait_until_finished()
                     raise SystemExit(f"stopped by a preemption notice; the same command goes on from step {number}")
                 if evaluate_now:
-                    scores = _evaluate(run, run.task, state.inference_params, state.model_state)
-                    run.folder.evaluation(number, scores)
+                    for name in run.parts:
+                        scores = _evaluate(run, name, state.inference_params, state.model_state)
+                        run.folder.evaluation(number, scores)
     return state
 
 
@@ -263,25 +216,27 @@ def check_finite(step: int, metrics: dict[str, Any]) -> None:
 
 def evaluate_all(run: Run, params: Any, model_state: Any) -> dict[str, float]:
     """The final evaluation, of the task and of its variants: flat names to numbers, also written to metrics.json."""
-    metrics = _evaluate(run, run.task, params, model_state, baseline=run.config.get("eval_baseline", False))
-    for prefix, task in run.variants.items():
-        metrics |= _evaluate(run, task, params, model_state, prefix)
+    metrics = {}
+    for name in run.parts:
+        metrics |= _evaluate(run, name, params, model_state, baseline=run.config.get("eval_baseline", False))
+        for variant in run.variants[name]:
+            metrics |= _evaluate(run, name, params, model_state, variant)
     metrics = {name: float(value) for name, value in metrics.items()}
     run.folder.write_json("metrics.json", metrics)
     return metrics
 
 
 def _evaluate(
-    run: Run, task: tasks.Task, params: Any, model_state: Any, variant: str = "", baseline: bool = False
+    run: Run, part: str, params: Any, model_state: Any, variant: str = "", baseline: bool = False
 ) -> dict[str, float]:
     return evaluators.evaluate(
-        task,
+        run.variants[part][variant] if variant else run.parts[part],
         params,
         model_state,
-        run.data,
-        batch_size=run.config.eval_batch_size,
+        run.data[part],
+        batch_size=run.each("eval_batch_size")[part],
         mesh=run.mesh,
-        prefix=variant or run.config.name,
+        prefix=variant or part,
         baseline=baseline,
         panels_dir=None if variant else run.folder.panels,
     )

@@ -12,11 +12,12 @@ LAYERS = (  # from the top; the modules of one line may import each other
     ("configs", "experiments"),
     ("main",),
     ("train", "predict", "export"),
+    ("prepare",),
     ("evaluators",),
     ("tasks", "data"),
     ("models", "checkpoint", "sharding", "optim", "run_dir", "visualize", "convert"),
     ("train_state",),
-    ("losses", "metrics", "geometry", "vocab", "config_utils"),
+    ("losses", "metrics", "geometry", "paste", "sequences", "vocab", "config_utils"),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 APART = {  # besides the layers: who must not know whom
@@ -24,6 +25,7 @@ APART = {  # besides the layers: who must not know whom
     "tasks": {"data"},
     "predict": {"data", "train", "evaluators"},
     "train": {"models", "losses"},
+    "prepare": {"models", "losses", "evaluators"},
     "evaluators": {"models"},
     "models": {"checkpoint", "sharding", "optim", "run_dir", "visualize", "convert"},
 }

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
-from aitok_jax import checkpoint, main, sharding, train
+from aitok_jax import checkpoint, main, sharding, tasks, train
 
 ROOT = Path(__file__).parents[1]
 TRACES = []
@@ -26,6 +27,7 @@ TRACES = []
 class LineTask:
     """Fits depth = image @ kernel; counts its steps in model_state and adds noise from the step's key."""
 
+    evaluator: ClassVar[str] = "depth"
     image_size: int = 4
     noise: float = 0.1
     scale: float = 1.0
@@ -104,7 +106,7 @@ def toy(monkeypatch, compile_cache):
         fields.pop("name")
         return LineTask(**fields)
 
-    monkeypatch.setattr(train.tasks, "build", build)
+    monkeypatch.setattr(tasks, "build", build)
     monkeypatch.setattr(train.pipeline, "build", lambda config: SimpleNamespace(train=None, train_transform=None))
     monkeypatch.setattr(train.pipeline, "train_batches", train_batches)
     monkeypatch.setattr(train.evaluators, "evaluate", evaluate)

@@ -1,0 +1,96 @@
+"""What a run needs before its first step: mesh, task, data, and a configuration that can work."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from aitok_jax import config_utils, optim, run_dir, sharding, tasks
+from aitok_jax.data import pipeline
+
+_REQUIRED = ("name", "seed", "task", "data", "batch_size", "eval_batch_size", "train_steps", "log_every", "eval_every")
+_REQUIRED += ("checkpoint_every", "keep_checkpoints", "optim")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same during a run.
+
+    A joint task has several parts, with data and metrics of their own; any other task is its only part, named as the
+    run. `variants` are, by part, tasks with other fields, evaluated at the end.
+    """
+
+    config: ConfigDict
+    folder: run_dir.RunDir
+    mesh: Mesh
+    task: tasks.Task
+    parts: dict[str, tasks.Task]
+    variants: dict[str, dict[str, tasks.Task]]
+    data: dict[str, pipeline.Data]
+
+    def each(self, key: str) -> dict[str, Any]:
+        """A value of the configuration that a joint task has one of for every part."""
+        return dict(self.config[key]) if self.joint else {self.config.name: self.config[key]}
+
+    @property
+    def joint(self) -> bool:
+        return hasattr(self.task, "parts")
+
+
+def prepare(config: ConfigDict, workdir: str | Path) -> Run:
+    """Mesh, task and data of a configuration. ValueError for all that can be wrong with it, before time is spent."""
+    missing = [key for key in _REQUIRED if key not in config]
+    if missing:
+        raise ValueError(f"config: {', '.join(missing)} must be given")
+    least = {"train_steps": 1, "log_every": 1, "keep_checkpoints": 1, "eval_every": 0, "checkpoint_every": 0}
+    for key, value in least.items():
+        if config[key] < value:
+            raise ValueError(f"{key}={config[key]} must be at least {value}")
+    if not 0.0 <= config.get("ema_decay", 0.0) < 1.0:
+        raise ValueError(f"ema_decay={config.ema_decay} must be in [0, 1); 0 is off")
+    mesh = sharding.make_mesh(config.get("fsdp", 1))
+    optim.make_optimizer(config.optim, config.train_steps)
+    task = tasks.build(config.task)
+    parts = getattr(task, "parts", {config.name: task})
+    changes, configs = config.get("eval_variants") or {}, config.data
+    if not hasattr(task, "parts"):
+        changes, configs = {config.name: changes}, {config.name: configs}
+    variants = {name: _variants(part, changes.get(name) or {}) for name, part in parts.items()}
+    for name, part in parts.items():
+        if configs[name].get("size", part.image_size) != part.image_size:
+            raise ValueError(
+                f"{name}: data.size={configs[name].size} must be task.image_size={part.image_size}; change one of them"
+            )
+    run = Run(config, run_dir.RunDir(workdir), mesh, task, parts, variants, {})
+    for key in ("batch_size", "eval_batch_size"):
+        for size in run.each(key).values():
+            sharding.check_batch_size(size, mesh, key)
+    data = {name: pipeline.build(configs[name]) for name in parts}
+    for name, part in parts.items():
+        if part.evaluator == "objects":
+            _name_classes(config, part.vocabulary.num_classes, data[name].train)
+    return dataclasses.replace(run, data=data)
+
+
+def _name_classes(config: ConfigDict, num_classes: int, source: Any) -> None:
+    """Writes the data's categories into the configuration, for whoever predicts with the weights."""
+    if len(source.categories) > num_classes:
+        raise ValueError(
+            f"the data has {len(source.categories)} categories, more than vocabulary.num_classes={num_classes}; "
+            "raise that"
+        )
+    pairs = zip(source.category_ids, source.categories, strict=True)
+    with config.unlocked():
+        config.categories = [{"id": number, "name": name} for number, name in pairs]
+
+
+def _variants(task: tasks.Task, changes: Mapping) -> dict[str, tasks.Task]:
+    fields = [field.name for field in dataclasses.fields(task)]
+    for prefix, values in changes.items():
+        for key in values:
+            if key not in fields:
+                raise ValueError(f"eval_variants.{prefix}: {config_utils.unknown(key, fields)}")
+    return {prefix: dataclasses.replace(task, **dict(values.items())) for prefix, values in changes.items()}
