@@ -58,6 +58,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore: int = -1) -> 
     return _masked_mean(losses, valid)
 
 
+def dice(prediction_NHW: jax.Array, target_NHW: jax.Array, *, smooth: float = 1.0) -> jax.Array:
+    """f32[N]: 1 − (2 Σ p t + smooth) / (Σ p + Σ t + smooth) of every mask, with p and t clipped to 0..1."""
+    p, t = (jnp.clip(_f32(x), 0, 1).reshape(x.shape[0], -1) for x in (prediction_NHW, target_NHW))
+    return 1 - (2 * jnp.sum(p * t, -1) + smooth) / (jnp.sum(p, -1) + jnp.sum(t, -1) + smooth)
+
+
 RECONSTRUCTION = {
     "mse": mse,
     "l1": l1,

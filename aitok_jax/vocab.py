@@ -65,6 +65,10 @@ class Vocabulary:
     def depth_codes(self) -> Window:
         return Window(self.mask_codes.stop, self.num_depth_codes)
 
+    def object_slots(self, mask_tokens: int) -> list[Window]:
+        """The windows of one object's tokens: x1 y1 x2 y2, class, then `mask_tokens` codes (AIT.md section 6.2)."""
+        return [self.coordinates] * 4 + [self.classes] + [self.mask_codes] * mask_tokens
+
     @property
     def size(self) -> int:
         return self.depth_codes.stop + self.num_spare

@@ -101,3 +101,47 @@ def test_cross_entropy_ignores_a_label():
     np.testing.assert_array_equal(gradient[1], 0)
     np.testing.assert_array_equal(losses.cross_entropy(logits, np.full_like(labels, -1)), 0)
     np.testing.assert_array_equal(losses.cross_entropy(logits, np.where(valid, labels, 7), ignore=7), value)
+
+
+@pytest.fixture(scope="module")
+def masks():
+    """Soft predictions that leave 0..1, and binary targets, of five masks; the last two targets are empty and full."""
+    rng = np.random.default_rng(4)
+    prediction, target = rng.normal(0.5, 0.6, (5, 6, 7)).astype(np.float32), rng.random((5, 6, 7)) < 0.4
+    target[3:] = np.array([False, True]).reshape(2, 1, 1)
+    return prediction, target.astype(np.uint8)
+
+
+def test_dice_against_numpy(masks):
+    p, t = masks
+    assert p.min() < 0 < 1 < p.max()
+    ours = losses.dice(p, t)
+    assert (ours.shape, ours.dtype) == ((5,), jnp.float32)
+    for one, prediction, target in zip(ours, np.clip(p, 0, 1), t, strict=True):
+        both, sizes = (prediction * target).sum(), prediction.sum() + target.sum()
+        np.testing.assert_allclose(one, 1 - (2 * both + 1) / (sizes + 1), rtol=1e-5)
+    half = losses.dice(jnp.asarray(p, jnp.bfloat16), t)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, ours, atol=0.02)
+
+
+def test_dice_of_the_best_and_the_worst_mask(masks):
+    """0 for the target itself, also an empty one; nearly 1 for its complement."""
+    _, t = masks
+    np.testing.assert_allclose(losses.dice(t, t), 0, atol=1e-6)
+    np.testing.assert_allclose(losses.dice(1 - t, t), 1 - 1 / (6 * 7 + 1), rtol=1e-6)
+    assert (losses.dice(t, t, smooth=10.0) == 0).all()
+
+
+def test_dice_gradient(masks):
+    """Finite, towards the target inside 0..1, nothing beyond; each mask has its own."""
+    p, t = masks
+    gradient = np.asarray(jax.grad(lambda x: losses.dice(x, t).sum())(p))
+    assert np.isfinite(gradient).all()
+    inside = (p > 0) & (p < 1)
+    np.testing.assert_array_equal(gradient[~inside], 0)
+    assert (gradient[inside & (t == 1)] < 0).all()
+    assert (gradient[inside & (t == 0)] > 0).all()
+    alone = np.asarray(jax.grad(lambda x: losses.dice(x, t)[1])(p))
+    np.testing.assert_array_equal(alone[[0, 2, 3, 4]], 0)
+    np.testing.assert_allclose(alone[1], gradient[1], rtol=1e-6)

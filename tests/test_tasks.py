@@ -107,7 +107,7 @@ def test_targets_are_depth_tokens_row_by_row(state, batch):
 def test_a_token_is_predicted_from_those_before_it(state, batch, trained):
     """The solver reads all targets but the last; output t is compared with target t."""
     targets = TASK.targets(state[1], batch["depth"])
-    apply = jax.jit(lambda params, tokens: TASK.solver.apply({"params": params}, batch["image"], tokens, 2)[0])
+    apply = jax.jit(lambda params, tokens: TASK.solver.apply({"params": params}, batch["image"], tokens, 2))
     probabilities = jax.nn.softmax(apply(state[0], targets[:, :-1]))
     expected = -np.log(np.take_along_axis(np.asarray(probabilities), np.asarray(targets)[..., None], -1)).mean()
     np.testing.assert_allclose(trained[0][1][0]["cross_entropy"], expected, rtol=1e-4)

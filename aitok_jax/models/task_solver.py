@@ -23,10 +23,27 @@ class TaskSolver(nn.Module):
         """f32[B,H,W,3] -> keys and values of the image for every decoder layer."""
         return self.transformer.memory_keys_values(self.transformer.encode(self.features(images_BHWC, train), train))
 
-    def __call__(
-        self, images_BHWC: jax.Array, tokens_BT: jax.Array, task: int | jax.Array, train: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
-        """f32[B,H,W,3], int[B,T] -> logits f32[B,T+1,V] and memory [B,M,D]; training needs the rng stream `dropout`."""
+    def forward(
+        self, images_BHWC: jax.Array, sequences: list[tuple[jax.Array, int]], train: bool = False
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """Teacher forcing of one or several tasks with one pass of backbone and encoder.
+
+        Args:
+            images_BHWC: f32[B,H,W,3], the images of the first task, then those of the second, ...
+            sequences: per task its input tokens int[B_i,T_i] and its task id; B is the sum of the B_i.
+            train: needs the rng stream `dropout`.
+        Returns:
+            per task logits f32[B_i,T_i+1,V] and memory [B_i,M,D].
+        """
         memory_BMD = self.transformer.encode(self.features(images_BHWC, train), train)
-        keys_values = self.transformer.memory_keys_values(memory_BMD)
-        return self.transformer.decode(keys_values, tokens_BT, task, train), memory_BMD
+        outputs, start = [], 0
+        for tokens_BT, task in sequences:
+            part_BMD = memory_BMD[start : start + tokens_BT.shape[0]]
+            keys_values = self.transformer.memory_keys_values(part_BMD)
+            outputs.append((self.transformer.decode(keys_values, tokens_BT, task, train), part_BMD))
+            start += tokens_BT.shape[0]
+        return outputs
+
+    def __call__(self, images_BHWC: jax.Array, tokens_BT: jax.Array, task: int, train: bool = False) -> jax.Array:
+        """f32[B,H,W,3], int[B,T] -> logits f32[B,T+1,V] of one task."""
+        return self.forward(images_BHWC, [(tokens_BT, task)], train)[0][0]

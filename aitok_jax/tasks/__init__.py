@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from aitok_jax.config_utils import unknown
-from aitok_jax.tasks import depth, tokenizer
+from aitok_jax.tasks import depth, instances, joint, tokenizer
 from aitok_jax.tasks.base import Task
 
-BUILDERS = {"depth_tokenizer": tokenizer.build, "depth": depth.build}
+BUILDERS = {
+    "depth_tokenizer": tokenizer.build,
+    "mask_tokenizer": tokenizer.build_mask,
+    "depth": depth.build,
+    "instances": instances.build,
+    "joint": joint.build,
+}
 
 
 def build(config: Mapping) -> Task:

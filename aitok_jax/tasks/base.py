@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -18,15 +18,16 @@ class Task(Protocol):
     `params` are trained by gradients; `model_state` is the rest: the EMA codebook of a tokenizer, the frozen tokenizer
     of a solver.
 
+    A joint task has no `predict`, but `parts`: name -> task. Its batches are dictionaries of the parts' batches, and
+    each part predicts, and is evaluated, with the weights of all.
+
     Attributes:
+        evaluator: the kind of evaluation, a key of `evaluators.EVALUATORS`.
         image_size: side in pixels of the square images of a training batch.
-        eval_crop: rows and columns (top, bottom, left, right) that metrics look at, or None.
-        max_depth: metres; annotation beyond it is left out of the metrics.
     """
 
+    evaluator: ClassVar[str]
     image_size: int
-    eval_crop: tuple[int, int, int, int] | None
-    max_depth: float
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
         """Fresh (params, model_state) for batches of this shape."""
@@ -37,7 +38,7 @@ class Task(Protocol):
         """The training loss (f32 scalar), (named f32 scalars to log, the new model_state)."""
 
     def predict(self, params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """Predicted maps of a batch whose images may be larger than `image_size`, e.g. depth f32[B,H,W] in metres."""
+        """What the model says of a batch, e.g. depth f32[B,H,W] in metres; see the tasks."""
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from aitok_jax import geometry, losses
@@ -19,13 +19,12 @@ from aitok_jax.models.swin_v2 import SwinV2
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.transformer import TokenTransformer
 from aitok_jax.models.vqvae import VQVAE
+from aitok_jax.tasks import solving
 from aitok_jax.tasks.base import Batch, Tree
 from aitok_jax.vocab import Vocabulary
 
 TASK_ID = 2  # row of the solver's task and position tables: detection, instance segmentation, depth
 MIN_DEPTH = 1e-3  # metres; predictions are clipped here
-IMAGENET_MEAN = np.array((123.675, 116.28, 103.53), np.float32) / 255
-IMAGENET_STD = np.array((58.395, 57.12, 57.375), np.float32) / 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +52,13 @@ class DepthTask:
         normalize_image: subtract the mean of ImageNet's colours and divide by their standard deviation first, as
             published for the COCO tasks. Published depth weights want RGB in 0..1 as it is; a backbone trained from
             random weights learns far faster with it, since most of an image in 0..1 is its mean.
+        pad_to: pad the squares at the right and bottom with zeros to this side (joint training: 640); 0 = no padding.
         flip: average with the mirror image at test time.
-        eval_crop, max_depth: see `Task`.
+        eval_crop: rows and columns (top, bottom, left, right) that metrics look at, or None.
+        max_depth: metres; annotation beyond it is left out of the metrics.
     """
+
+    evaluator: ClassVar[str] = "depth"
 
     solver: TaskSolver
     tokenizer: VQVAE | BinsTokenizer
@@ -68,6 +71,7 @@ class DepthTask:
     input_noise: float = 0.0
     memory_weight: float = 0.0
     normalize_image: bool = False
+    pad_to: int = 0
     flip: bool = True
     eval_crop: tuple[int, int, int, int] | None = None
     max_depth: float = 10.0
@@ -80,39 +84,45 @@ class DepthTask:
         """Rows, and columns, of tokens."""
         return self.image_size // self.tokenizer.downsample
 
+    @property
+    def task_id(self) -> int:
+        return TASK_ID
+
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
-        solver_rng, tokenizer_rng = jax.random.split(rng)
-        tokens = jnp.zeros((batch["image"].shape[0], self.grid**2 - 1), jnp.int32)
-        params = dict(self.solver.init(solver_rng, batch["image"], tokens, TASK_ID)["params"])
-        if self.memory_weight:
-            memory = jnp.zeros((1, 1, self.solver.transformer.dim))
-            params["memory_head"] = self._memory_head.init(solver_rng, memory)["params"]
+        return solving.init({"depth": self}, rng, {"depth": batch})
+
+    def init_heads(self, rng: jax.Array) -> Tree:
+        if not self.memory_weight:
+            return {}
+        memory = jnp.zeros((1, 1, self.solver.transformer.dim))
+        return {"memory_head": self._memory_head.init(rng, memory)["params"]}
+
+    def init_state(self, rng: jax.Array, batch: Batch) -> Tree:
         if isinstance(self.tokenizer, BinsTokenizer):
-            return params, {}
-        tokenizer = dict(self.tokenizer.init(tokenizer_rng, batch["depth"][..., None]))
-        frozen = {"params": tokenizer.pop("params"), "model_state": tokenizer}
-        return params, {"depth_tokenizer": frozen}
+            return {}
+        return {"depth_tokenizer": solving.frozen_tokenizer(self.tokenizer, rng, batch["depth"][..., None])}
 
     def loss(
         self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
-        dropout_rng, noise_rng = jax.random.split(rng)
+        total, metrics = solving.loss({"": self}, params, model_state, {"": batch}, rng)
+        return total, (metrics[""], model_state)
+
+    def prepare(self, model_state: Tree, batch: Batch, rng: jax.Array) -> solving.Prepared:
         targets_BT = self.targets(model_state, batch["depth"])
-        logits_BTV, memory_BTD = self.solver.apply(
-            {"params": {name: params[name] for name in ("backbone", "transformer")}},
-            self._scaled(batch["image"]),
-            self._corrupted(noise_rng, targets_BT[:, :-1]),
-            TASK_ID,
-            train=True,
-            rngs={"dropout": dropout_rng},
-        )
-        loss, metrics = self.token_loss(model_state, logits_BTV, targets_BT, batch["depth"])
+        tokens_BT = self._corrupted(rng, targets_BT[:, :-1])
+        return solving.Prepared(self._scaled(batch["image"]), tokens_BT, (targets_BT, batch["depth"]))
+
+    def score(
+        self, params: Tree, model_state: Tree, logits_BTV: jax.Array, memory_BMD: jax.Array, targets: tuple
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        targets_BT, depth_BHW = targets
+        loss, metrics = self.token_loss(model_state, logits_BTV, targets_BT, depth_BHW)
         if self.memory_weight:
-            logits_BTK = self._memory_head.apply({"params": params["memory_head"]}, memory_BTD)
-            memory_loss = self._window_loss(model_state, logits_BTK, targets_BT, batch["depth"])
-            metrics["memory_loss"] = memory_loss
-            loss += self.memory_weight * memory_loss
-        return loss, (metrics, model_state)
+            logits_BTK = self._memory_head.apply({"params": params["memory_head"]}, memory_BMD)
+            metrics["memory_loss"] = self._window_loss(model_state, logits_BTK, targets_BT, depth_BHW)
+            loss += self.loss_weight * self.memory_weight * metrics["memory_loss"]
+        return loss, metrics
 
     @property
     def _memory_head(self) -> nn.Dense:
@@ -172,8 +182,7 @@ class DepthTask:
 
     def decode(self, params: Tree, images_BHWC: jax.Array) -> Decoded:
         """Greedy depth tokens of square images [B,S,S,3] in 0..1, relative to the depth window, and their logits."""
-        variables = {"params": {name: params[name] for name in ("backbone", "transformer")}}
-        memory = self.solver.apply(variables, self._scaled(images_BHWC), method="memory")
+        memory = solving.memory(self.solver, params, self._scaled(images_BHWC))
         return decode(
             self.solver.transformer,
             params["transformer"],
@@ -185,13 +194,13 @@ class DepthTask:
         )
 
     def _scaled(self, images_BHWC: jax.Array) -> jax.Array:
-        if not self.normalize_image:
-            return images_BHWC
-        return (images_BHWC - IMAGENET_MEAN.reshape(1, 1, 1, 3)) / IMAGENET_STD.reshape(1, 1, 1, 3)
+        images = solving.normalize(images_BHWC) if self.normalize_image else images_BHWC
+        margin = self.pad_to - self.image_size if self.pad_to else 0
+        return jnp.pad(images, ((0, 0), (0, margin), (0, margin), (0, 0)))
 
     def _tokenizer(self, model_state: Tree, method: str, *args: jax.Array) -> jax.Array:
         frozen = model_state.get("depth_tokenizer", {"params": {}, "model_state": {}})
-        return self.tokenizer.apply({"params": frozen["params"], **frozen["model_state"]}, *args, method=method)
+        return solving.apply_frozen(self.tokenizer, frozen, method, *args)
 
     def _soft_map(self, model_state: Tree, logits_BTK: jax.Array) -> jax.Array:
         return self._tokenizer(model_state, "decode_soft", self._to_grid(logits_BTK))[..., 0]
@@ -211,16 +220,16 @@ class DepthTask:
 
 def _check_layout(task: DepthTask) -> None:
     size, backbone, transformer = task.image_size, task.solver.backbone, task.solver.transformer
-    for name, multiple in (("tokenizer.downsample", task.tokenizer.downsample), ("backbone stride", backbone.stride)):
-        if size % multiple:
-            raise ValueError(
-                f"image_size={size} must be a multiple of the {name}, {multiple}; the nearest sizes are "
-                f"{size // multiple * multiple} and {(size // multiple + 1) * multiple}"
-            )
-    if backbone.out_stages not in ((), (len(backbone.depths) - 1,)):
-        raise ValueError(f"backbone.out_stages={backbone.out_stages} must be (), the last stage")
+    solving.check_multiple("image_size", size, "tokenizer.downsample", task.tokenizer.downsample)
+    padded = ("pad_to", task.pad_to) if task.pad_to else ("image_size", size)
+    solving.check_multiple(*padded, "backbone stride", backbone.stride)
+    if 0 < task.pad_to < size:
+        raise ValueError(f"pad_to={task.pad_to} must be 0 (no padding) or at least image_size={size}")
+    solving.check_last_stage(backbone)
     if transformer.num_tasks <= TASK_ID:
         raise ValueError(f"num_tasks={transformer.num_tasks} must be more than {TASK_ID}, the row of depth")
+    if task.memory_weight and task.pad_to not in (0, size):
+        raise ValueError(f"memory_weight={task.memory_weight} needs unpadded images: set pad_to=0 or memory_weight=0")
     if task.memory_weight and backbone.stride != task.tokenizer.downsample:
         raise ValueError(
             f"memory_weight={task.memory_weight} needs one memory vector a token: backbone stride {backbone.stride} "

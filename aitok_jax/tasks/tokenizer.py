@@ -1,9 +1,10 @@
-"""Stage 1: a VQ-VAE that turns depth maps into tokens and back (AIT.md section 2)."""
+"""Stage 1: VQ-VAEs that turn depth maps or instance masks into tokens and back (AIT.md section 2)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from aitok_jax.config_utils import build_dataclass
 from aitok_jax.models.vqvae import CLASSIFICATION, VQVAE, mask_patches
 from aitok_jax.tasks.base import Batch, Tree
 
+MASK_OBJECTIVES = ("mse", "l1", "smooth_l1")
 MUTABLE = ["codebook", "batch_stats"]
 
 
@@ -24,8 +26,10 @@ class DepthTokenizerTask:
         image_size: side of the training maps in pixels.
         mask_ratio, mask_patch: mask augmentation: this share of the patches of the input is set to zero, and the loss
             is taken against the unmasked map. 0 turns it off.
-        eval_crop, max_depth: see `Task`.
+        eval_crop, max_depth: see `DepthTask`.
     """
+
+    evaluator: ClassVar[str] = "depth"
 
     tokenizer: VQVAE
     image_size: int
@@ -61,16 +65,7 @@ class DepthTokenizerTask:
         maps = target
         if self.mask_ratio:
             maps = mask_patches(mask_rng, target, patch=self.mask_patch, ratio=self.mask_ratio)
-        result, new_state = self.tokenizer.apply(
-            {"params": params, **model_state}, maps, target, train=True, mutable=MUTABLE, rngs={"restart": restart_rng}
-        )
-        metrics = {
-            "reconstruction": result.reconstruction_loss,
-            "commitment": result.quantized.loss,
-            "perplexity": result.quantized.perplexity,
-            "codebook_usage": result.quantized.usage,
-        }
-        return result.loss, (metrics, {**model_state, **new_state})
+        return _reconstruct(self.tokenizer, params, model_state, maps, target, restart_rng)
 
     def predict(self, params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
         """Tokenizes and detokenizes f32[B,H,W] metres of any size: `depth` f32[B,H,W] metres, `codes` int32[B,h,w]."""
@@ -84,9 +79,76 @@ class DepthTokenizerTask:
         return {"depth": decoded[:, :height, :width, 0], "codes": codes}
 
 
+@dataclasses.dataclass(frozen=True)
+class MaskTokenizerTask:
+    """Reconstructs instance masks cropped at their boxes.
+
+    Attributes:
+        tokenizer: the VQ-VAE.
+        image_size: side of the crops in pixels.
+    """
+
+    evaluator: ClassVar[str] = "masks"
+
+    tokenizer: VQVAE
+    image_size: int = 64
+
+    def __post_init__(self):
+        self.tokenizer.grid(self.image_size, self.image_size)
+        check_masks(self.tokenizer)
+
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
+        variables = self.tokenizer.init(rng, batch["instance"][..., None])
+        return variables.pop("params"), variables
+
+    def loss(
+        self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
+        masks = batch["instance"][..., None]
+        return _reconstruct(self.tokenizer, params, model_state, masks, masks, rng)
+
+    def predict(self, params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """Tokenizes and detokenizes f32[B,S,S] masks: `instance` f32[B,S,S], about 0..1, `codes` int32[B,h,w]."""
+        variables = {"params": params, **model_state}
+        codes = self.tokenizer.apply(variables, batch["instance"][..., None], method="encode")
+        return {"instance": self.tokenizer.apply(variables, codes, method="decode")[..., 0], "codes": codes}
+
+
+def check_masks(tokenizer: VQVAE) -> None:
+    """ValueError where the tokenizer is none for masks; objectives that skip zeros would skip the background."""
+    if tokenizer.channels != 1:
+        raise ValueError(f"masks have one channel: tokenizer.channels={tokenizer.channels} must be 1")
+    if tokenizer.objective not in MASK_OBJECTIVES:
+        raise ValueError(
+            f"tokenizer.objective={tokenizer.objective!r} must be one of {', '.join(MASK_OBJECTIVES)} for masks, "
+            "whose zeros count"
+        )
+
+
+def _reconstruct(tokenizer: VQVAE, params: Tree, model_state: Tree, maps, target, rng):
+    result, new_state = tokenizer.apply(
+        {"params": params, **model_state}, maps, target, train=True, mutable=MUTABLE, rngs={"restart": rng}
+    )
+    metrics = {
+        "reconstruction": result.reconstruction_loss,
+        "commitment": result.quantized.loss,
+        "perplexity": result.quantized.perplexity,
+        "codebook_usage": result.quantized.usage,
+    }
+    return result.loss, (metrics, {**model_state, **new_state})
+
+
 def build(fields: Mapping) -> DepthTokenizerTask:
     """From `config.task`; `tokenizer` holds the fields of `VQVAE`."""
     fields = dict(fields)
     return build_dataclass(
         DepthTokenizerTask, {**fields, "tokenizer": build_dataclass(VQVAE, fields.get("tokenizer", {}))}
+    )
+
+
+def build_mask(fields: Mapping) -> MaskTokenizerTask:
+    """From `config.task`; `tokenizer` holds the fields of `VQVAE`."""
+    fields = dict(fields)
+    return build_dataclass(
+        MaskTokenizerTask, {**fields, "tokenizer": build_dataclass(VQVAE, fields.get("tokenizer", {}))}
     )

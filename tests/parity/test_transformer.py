@@ -9,6 +9,7 @@ import pytest
 
 from aitok_jax.convert import rules
 from aitok_jax.models import decode
+from aitok_jax.models.decode_objects import decode_objects
 from aitok_jax.models.transformer import sine_positions
 
 pytestmark = cases.find("transformer_*")
@@ -105,6 +106,43 @@ def test_depth_decoding(case, params, tag, options):
     cases.check(decoded.logits, case[f"out/depth_{tag}_logits"])
     cases.check(decoded.logits, case[f"out/depth_{tag}_steplogits"][..., window.slice])
     np.testing.assert_array_equal(decoded.tokens, case[f"out/depth_{tag}_tokens"])
+
+
+def check_objects(case, params, tag, task, mask_tokens, **options):
+    """Tokens in the case count from the start of their slot's window."""
+    model, vocabulary = build(case, params, parallel=False), published.vocabulary(case.hp)
+    slots = vocabulary.object_slots(mask_tokens)
+    theirs = case[f"out/{tag}_tokens"]
+    count = theirs.shape[1] // len(slots)
+
+    @jax.jit
+    def run(params, src):
+        memory = model.apply({"params": params}, src, method="encode")
+        memory = model.apply({"params": params}, memory, method="memory_keys_values")
+        return decode_objects(
+            model, params, memory, vocabulary, task=task, num_objects=count, mask_tokens=mask_tokens, **options
+        )
+
+    decoded = run(params, cases.nhwc(case["in/src_big"][: len(theirs)]))
+    starts = np.array([window.start for window in slots])
+    np.testing.assert_array_equal((decoded.tokens - starts.reshape(1, 1, -1)).reshape(theirs.shape), theirs)
+    cases.check(decoded.scores, case[f"out/{tag}_scores"])
+    assert decoded.steps == theirs.shape[1]
+    return decoded
+
+
+@pytest.mark.parametrize("soft_detokenize", [0, 1])
+@pytest.mark.parametrize("soft_input", [0, 1])
+def test_instance_decoding(case, params, soft_detokenize, soft_input):
+    tag = f"insseg_vae{soft_detokenize}_tr{soft_input}"
+    mask_tokens = int(case["in/mask_token_length"])
+    decoded = check_objects(case, params, tag, 1, mask_tokens, soft_input=bool(soft_input))
+    if soft_detokenize:
+        cases.check(decoded.mask_logits, case[f"out/{tag}_masklogits"])
+
+
+def test_detection_decoding(case, params):
+    check_objects(case, params, "det", 0, 0, soft_input=False)
 
 
 def test_nucleus(case):

@@ -1,0 +1,216 @@
+"""One solver for depth and instances: the sum of their losses, their own lengths, prediction by part, errors."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_objects as tiny
+
+from aitok_jax import sequences, sharding, tasks
+from aitok_jax.models.task_solver import TaskSolver
+from aitok_jax.tasks.base import compiled_predict
+from aitok_jax.tasks.joint import JointTask
+
+SIZE, DEPTH_SIZE, K = tiny.SIZE, 16, 6
+DEPTH_TOKENIZER = {"hidden": 4, "downsample": 8, "num_res_blocks": 0, "num_codes": K, "code_dim": 4}
+VOCABULARY = {**tiny.VOCABULARY, "num_mask_codes": tiny.CODES, "num_depth_codes": K}
+CONFIG = {
+    "name": "joint",
+    "shared": {**tiny.SHARED, "vocabulary": VOCABULARY},
+    "depth": {"image_size": DEPTH_SIZE, "pad_to": SIZE, "tokenizer": DEPTH_TOKENIZER, "loss_weight": 0.2},
+    "instances": tiny.OWN,
+}
+TASK = tasks.build(CONFIG)
+V = TASK.depth.vocabulary.size
+
+
+def make_batch(depths, images):
+    rng = np.random.default_rng(5)
+    depth = rng.uniform(1, 9, (depths, DEPTH_SIZE, DEPTH_SIZE)).astype(np.float32)
+    image = rng.random((depths, DEPTH_SIZE, DEPTH_SIZE, 3), np.float32)
+    return {"depth": {"image": image, "depth": depth}, "instances": tiny.batch(images)}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch(4, 2)
+
+
+@pytest.fixture(scope="module")
+def state(batch):
+    return tiny.random_state(TASK, batch)
+
+
+@pytest.fixture
+def all_labels_noise(monkeypatch):
+    """Label corruption without chance, so that losses can be compared whatever their keys are."""
+
+    def corrupt(rng, vocabulary, tokens_BNL):
+        return tokens_BNL.at[..., sequences.CLASS_SLOT].set(vocabulary.noise)
+
+    monkeypatch.setattr(sequences, "corrupt_labels", corrupt)
+
+
+def test_one_set_of_weights_and_both_tokenizers(state):
+    params, frozen = state
+    assert set(params) == {"backbone", "transformer"}
+    assert set(frozen) == {"depth_tokenizer", "mask_tokenizer"}
+    assert TASK.parts == {"depth": TASK.depth, "instances": TASK.instances}
+
+
+def test_loss_is_the_sum_of_the_losses_of_the_parts(state, batch, all_labels_noise):
+    """Each is normalised and weighted by itself, although the batches differ in size; no image sees another."""
+    loss, (metrics, new_state) = jax.jit(TASK.loss)(*state, batch, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, new_state, state[1])
+    alone, expected = {}, {}
+    for name, part in TASK.parts.items():
+        alone[name], (own, _) = jax.jit(part.loss)(*state, batch[name], jax.random.key(1))
+        expected |= {f"{name}/{metric}": value for metric, value in own.items()}
+    assert set(metrics) == set(expected) >= {"depth/silog", "instances/mask_aux"}
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(loss, alone["depth"] + alone["instances"], rtol=1e-4)
+    np.testing.assert_allclose(
+        alone["depth"], 0.2 * (metrics["depth/cross_entropy"] + metrics["depth/silog"]), rtol=1e-4
+    )
+
+
+def test_short_sequences_are_not_padded_to_long_ones(state, batch):
+    """Four depth maps of 4 tokens and two images of 36: one pass of the backbone, then each at its own length."""
+    program = str(jax.make_jaxpr(jax.grad(TASK.loss, has_aux=True))(*state, batch, jax.random.key(0)))
+    tokens = tiny.OBJECTS * tiny.LENGTH
+    assert f"f32[4,4,{V}]" in program
+    assert f"f32[2,{tokens},{V}]" in program
+    assert f"f32[6,{SIZE},{SIZE},3]" in program
+    assert not re.search(rf"\[[46],{tokens}[,\]]", program)
+    assert not re.search(r"\[[24],3,3,8\]", program)  # no part has a pass of its own
+
+
+def test_depth_images_are_padded_with_zeros_after_scaling(state, batch):
+    part = dataclasses.replace(TASK.depth, normalize_image=True)
+    images = np.asarray(part.prepare(state[1], batch["depth"], jax.random.key(0)).images)
+    assert images.shape == (4, SIZE, SIZE, 3)
+    np.testing.assert_array_equal(images[:, DEPTH_SIZE:], 0)
+    np.testing.assert_array_equal(images[:, :, DEPTH_SIZE:], 0)
+    assert np.abs(images[:, :DEPTH_SIZE, :DEPTH_SIZE]).min() > 0
+
+
+def test_parts_predict_with_the_weights_of_all(state, batch):
+    """Whatever the other part's tokenizer holds."""
+    shapes = {"depth": {"depth": (4, 16, 16), "confidence": (4, 16, 16)}}
+    shapes["instances"] = {"boxes": (2, 4, 4), "classes": (2, 4), "scores": (2, 4), "valid": (2, 4)}
+    shapes["instances"]["masks"] = (2, 4, tiny.CROP, tiny.CROP)
+    for (name, part), other in zip(TASK.parts.items(), ("mask_tokenizer", "depth_tokenizer"), strict=True):
+        poisoned = state[1] | {other: jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state[1][other])}
+        outputs = compiled_predict(part)(state[0], poisoned, batch[name])
+        assert {key: array.shape for key, array in outputs.items()} == shapes[name]
+        for key, array in outputs.items():
+            assert np.isfinite(array).all(), key
+
+
+def test_head_of_the_memory_loss_is_a_parameter_of_the_joint_task(batch):
+    """It wants unpadded depth images; prediction does without it."""
+    depth = CONFIG["depth"] | {"image_size": SIZE, "pad_to": 0, "memory_weight": 0.5}
+    task = tasks.build(CONFIG | {"depth": depth})
+    rng = np.random.default_rng(6)
+    maps = {"depth": rng.uniform(1, 9, (3, SIZE, SIZE)).astype(np.float32)}
+    maps["image"] = rng.random((3, SIZE, SIZE, 3), np.float32)
+    params, frozen = tiny.random_state(task, batch | {"depth": maps})
+    assert params["memory_head"]["kernel"].shape == (16, K)
+    run = jax.jit(lambda *args: task.loss(*args)[1][0])
+    silent = params | {"memory_head": jax.tree.map(jnp.zeros_like, params["memory_head"])}
+    ours, other = (run(p, frozen, batch | {"depth": maps}, jax.random.key(0)) for p in (params, silent))
+    differing = {name for name in ours if abs(ours[name] - other[name]) > 1e-5}
+    assert differing == {"depth/memory_loss"}
+    headless = {name: params[name] for name in ("backbone", "transformer")}
+    assert compiled_predict(task.instances)(headless, frozen, batch["instances"])["valid"].all()
+
+
+def test_loss_is_the_same_on_any_number_of_devices(all_labels_noise):
+    """The examples of both tasks are spread over all devices."""
+    batch = make_batch(8, 8)
+    state = tiny.random_state(TASK, batch)
+    run, results = jax.jit(TASK.loss), []
+    for devices in (jax.devices(), jax.devices()[:1]):
+        mesh = sharding.make_mesh(devices=devices)
+        placed = sharding.shard_batch(batch, mesh)
+        assert len(placed["instances"]["objects/boxes"].sharding.device_set) == len(devices)
+        params, frozen, key = jax.device_put((*state, jax.random.key(7)), sharding.replicated(mesh))
+        loss, (metrics, _) = run(params, frozen, placed, key)
+        results.append((loss, metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *results)
+
+
+def test_detection_can_be_the_other_part():
+    task = tasks.build(CONFIG | {"instances": tiny.OWN | {"tokenizer": None}})
+    assert (task.instances.task_id, task.instances.mask_tokens, task.depth.task_id) == (0, 0, 2)
+
+
+def replaced(part, **fields):
+    """The part with other fields of its transformer, vocabulary or backbone."""
+    solver = part.solver
+    parts = {"backbone": solver.backbone, "transformer": solver.transformer}
+    changed = {name: parts[name].clone(**fields.pop(name, {})) for name in parts}
+    return dataclasses.replace(part, solver=TaskSolver(**changed), **fields)
+
+
+SHARED = "must have one backbone, transformer and vocabulary: give them once"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": {"embed_dim": 16}}, SHARED),
+        ({"transformer": {"decoder_layers": 2}}, SHARED),
+        (
+            # of the same size, but with the mask codes elsewhere
+            {"vocabulary": dataclasses.replace(TASK.depth.vocabulary, num_bins=11, num_classes=4)},
+            SHARED,
+        ),
+        (
+            {"image_size": 32},
+            r"depth.pad_to=24 must bring its images of 16 pixels to instances.image_size=32",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit(changes, message):
+    instances = replaced(TASK.instances, **changes)
+    with pytest.raises(ValueError, match=message):
+        JointTask(depth=TASK.depth, instances=instances)
+
+
+def test_unpadded_depth_images_must_have_the_size_of_the_others():
+    unpadded = dataclasses.replace(TASK.depth, pad_to=0)
+    with pytest.raises(ValueError, match=r"depth.pad_to=0 .* 16 pixels to instances.image_size=24"):
+        JointTask(depth=unpadded, instances=TASK.instances)
+    both = dataclasses.replace(TASK.depth, pad_to=0, image_size=SIZE)
+    assert JointTask(depth=both, instances=TASK.instances).depth is both
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": {}}, r"task: 'tokenizer' is unknown; valid: depth, instances, shared"),
+        ({"instance": {}}, r"task: 'instance' is unknown; did you mean 'instances'"),
+        ({"depth": CONFIG["depth"] | {"pad": 24}}, r"DepthTask: .*'pad' is unknown; did you mean 'pad_to'"),
+        (
+            {"instances": tiny.OWN | {"objects": 4}},
+            r"InstancesTask: .*'objects' is unknown; did you mean 'num_objects'",
+        ),
+        ({"shared": CONFIG["shared"] | {"backbones": {}}}, r"'backbones' is unknown; did you mean 'backbone'"),
+        ({"depth": CONFIG["depth"] | {"transformer": {**tiny.SHARED["transformer"], "hidden": 8}}}, SHARED),
+    ],
+)
+def test_configuration_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.build(CONFIG | changes)
+
+
+def test_shared_entries_belong_to_both_parts():
+    assert TASK.depth.solver == TASK.instances.solver
+    assert TASK.depth.vocabulary == TASK.instances.vocabulary
+    assert (TASK.depth.vocabulary.num_mask_codes, TASK.depth.vocabulary.num_depth_codes) == (tiny.CODES, K)
+    assert tasks.build(CONFIG) == TASK

@@ -1,0 +1,129 @@
+"""The whole of joint training on built-in scenes: both tokenizers, one solver, evaluation, resuming, prediction."""
+
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+import configs
+from aitok_jax import Predictor, checkpoint, train
+from aitok_jax.data import scenes
+
+SIZE = 64
+TOKENIZER = {"hidden": 4, "num_res_blocks": 1, "num_codes": 16, "code_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("joint") / "scenes"
+    scenes.ensure(root, train=24, test=8, height=SIZE, width=SIZE + 16)
+    return root.parent
+
+
+def small(name: str):
+    """A published configuration, shrunk in every size, on the scenes."""
+    config = configs.load(name)
+    for key in ("batch_size", "eval_batch_size"):
+        config.update({key: 8 if isinstance(config[key], int) else {"depth": 8, "instances": 16}})
+    config.train_steps, config.eval_every, config.log_every = 4, 0, 2
+    return config
+
+
+def depth_data(data, folder):
+    data.root, data.test_subfolder = str(folder / "scenes"), ""
+    data.train_list, data.test_list = "train.txt", "test.txt"
+    data.size, data.columns, data.cache = SIZE, (), True
+
+
+def coco_data(data, folder):
+    data.root, data.train_images, data.test_images = str(folder / "scenes"), "", ""
+    data.train_annotations, data.test_annotations = (f"annotations/instances_{part}.json" for part in ("train", "test"))
+    data.mask_size = 32
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folder):
+    config = small("vqvae_depth")
+    depth_data(config.data, folder)
+    config.task.update({"image_size": SIZE, "eval_crop": None})
+    config.task.tokenizer.update({**TOKENIZER, "downsample": 16})
+    train.train(config, folder / "depth_tokenizer")
+    config = small("vqvae_mask")
+    coco_data(config.data, folder)
+    config.task.image_size = 32
+    config.task.tokenizer.update({**TOKENIZER, "downsample": 16})
+    return train.train(config, folder / "mask_tokenizer")
+
+
+def joint_config(folder):
+    config = small("joint")
+    depth_data(config.data.depth, folder)
+    coco_data(config.data.instances, folder)
+    config.data.instances.update({"size": 80, "num_objects": 6, "jitter": (0.8, 1.25)})
+    config.task.depth.update({"image_size": SIZE, "pad_to": 80, "eval_crop": None})
+    config.task.instances.update({"image_size": 80, "num_objects": 6, "mask_size": 32})
+    for part in (config.task.depth, config.task.instances):
+        part.tokenizer.update({**TOKENIZER, "downsample": 16})
+    shared = config.task.shared
+    shared.vocabulary.update({"num_bins": 80, "num_classes": 9, "num_mask_codes": 16, "num_depth_codes": 16})
+    shared.backbone.update({"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "patch": 8, "windows": (5, 5)})
+    shared.backbone.update({"pretrain_windows": (5, 5), "use_shift": (False, False)})
+    shared.transformer.update({"dim": 32, "num_heads": 4, "hidden": 64, "encoder_layers": 1, "decoder_layers": 1})
+    shared.transformer.max_length = 60
+    config.optim.update({"layer_decay": 1.0, "warmup_steps": 1})
+    config.eval_variants = {"depth": {}, "instances": {"instances_sampled": {"top_p": 0.3}}}
+    config.depth_tokenizer, config.mask_tokenizer = str(folder / "depth_tokenizer"), str(folder / "mask_tokenizer")
+    return config
+
+
+@pytest.fixture(scope="module")
+def joint(folder, tokenizers):
+    return train.train(joint_config(folder), folder / "joint")
+
+
+def test_mask_tokenizer_is_measured_by_average_precision(tokenizers):
+    assert 0 <= tokenizers["mask_tokenizer/mask_ap"] <= 1
+    assert 0 <= tokenizers["mask_tokenizer/boundary_ap"] <= 1
+
+
+def test_joint_run_measures_both_tasks(folder, joint):
+    assert json.loads((folder / "joint" / "metrics.json").read_text()) == joint
+    assert np.isfinite(joint["depth/rmse"])
+    for part in ("instances", "instances_sampled"):
+        assert 0 <= joint[f"{part}/box_ap50"] <= 1
+        assert 0 <= joint[f"{part}/mask_ap50"] <= 1
+    lines = [json.loads(line) for line in (folder / "joint" / "metrics.jsonl").read_text().splitlines()]
+    logged = set().union(*lines)
+    assert {"depth/cross_entropy", "depth/silog", "instances/mask_aux", "instances/box_cross_entropy"} <= logged
+    assert len(list((folder / "joint" / "panels").glob("*.png"))) >= 2
+
+
+def test_joint_stop_and_go_on_is_bit_for_bit(folder, joint, tmp_path, monkeypatch):
+    config = joint_config(folder)
+    monkeypatch.setattr(train, "evaluate_all", lambda *_: {})
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "reached_preemption", lambda self, step: step == 2)
+        with pytest.raises(SystemExit):
+            train.train(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 2
+    train.train(config, tmp_path)
+
+    def state(workdir):
+        return ocp.StandardCheckpointer().restore((workdir / "checkpoints" / "4" / "state").resolve())
+
+    jax.tree.map(np.testing.assert_array_equal, state(tmp_path), state(folder / "joint"))
+
+
+def test_one_set_of_weights_predicts_both(folder, joint):
+    image = np.asarray(Image.open(next((folder / "scenes").rglob("rgb_*.jpg"))))
+    predictor = Predictor.load(folder / "joint")
+    depth = predictor(image, task="depth")
+    assert depth["depth"].shape == image.shape[:2]
+    objects = predictor(image, task="instances")
+    count = len(objects["scores"])
+    assert objects["boxes"].shape == (count, 4)
+    assert objects["masks"].shape == (count, *image.shape[:2])
+    assert set(objects["names"]) <= set(scenes.CLASSES)
