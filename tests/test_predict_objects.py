@@ -187,6 +187,7 @@ BACKBONE = {
 }
 TRANSFORMER = {"dim": 16, "num_heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 1, "num_tasks": 3}
 TOKENIZER = {"hidden": 4, "downsample": 8, "num_res_blocks": 0, "num_codes": 5, "code_dim": 4}
+MASKS = TOKENIZER | {"objective": "mse"}
 SIZES = {"num_bins": 20, "num_classes": 3, "num_mask_codes": 5, "num_depth_codes": 5}
 SHARED = {"backbone": BACKBONE, "transformer": {**TRANSFORMER, "max_length": 108}, "vocabulary": SIZES}
 # Weights that were never trained say the same of every object, unless they are sampled
@@ -194,12 +195,12 @@ OBJECTS = {"image_size": 32, "num_objects": 12, "mask_size": 16, "top_p": 1.0}
 DEPTH = {"image_size": 24, "pad_to": 32, "tokenizer": TOKENIZER}
 KINDS = {
     "detection": {"name": "instances", **SHARED, **OBJECTS},
-    "instances": {"name": "instances", **SHARED, **OBJECTS, "tokenizer": TOKENIZER},
+    "instances": {"name": "instances", **SHARED, **OBJECTS, "tokenizer": MASKS},
     "joint": {
         "name": "joint",
         "shared": SHARED,
         "depth": DEPTH,
-        "instances": {**OBJECTS, "tokenizer": TOKENIZER},
+        "instances": {**OBJECTS, "tokenizer": MASKS},
     },
 }
 
