@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from aitok_jax import sharding
+from aitok_jax.data import pipeline
 
 
 def run_batches(
@@ -45,6 +46,21 @@ def run_batches(
         if waiting is not None:
             yield waiting
             bar.update()
+
+
+def run_evaluation(
+    step: Callable[[dict], Any], data: Any, *, batch_size: int, mesh: Mesh | None, label: str, progress: bool
+) -> Iterator[tuple[dict, Any]]:
+    """`run_batches` over `data.eval`, transformed by `data.eval_transform`: this host's share of every batch."""
+    batches = pipeline.eval_batches(
+        data.eval,
+        data.eval_transform,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    total = -(-len(data.eval) // batch_size)
+    return run_batches(step, batches, mesh=mesh, total=total, label=label, progress=progress)
 
 
 def to_host(tree: Any) -> Any:

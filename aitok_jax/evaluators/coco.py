@@ -10,9 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aitok_jax import paste, visualize
-from aitok_jax.data import pipeline
 from aitok_jax.evaluators.average_precision import KINDS, CocoScorer
-from aitok_jax.evaluators.base import run_batches, to_host
+from aitok_jax.evaluators.base import run_evaluation, to_host
 from aitok_jax.tasks.base import compiled_predict
 
 PANEL_SCORE = 0.3
@@ -60,18 +59,11 @@ def evaluate(
     """
     source, predict = data.eval, compiled_predict(task)
     scorer = CocoScorer(source.coco, source.ids, faster=faster)
-    batches = pipeline.eval_batches(
-        source,
-        data.eval_transform,
-        batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    steps = run_batches(
+    steps = run_evaluation(
         lambda batch: predict(params, model_state, batch),
-        batches,
+        data,
+        batch_size=batch_size,
         mesh=mesh,
-        total=-(-len(source) // batch_size),
         label=prefix,
         progress=progress,
     )

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aitok_jax import metrics, visualize
-from aitok_jax.data import nyu, pipeline
-from aitok_jax.evaluators.base import Mean, run_batches, to_host
+from aitok_jax.data import nyu
+from aitok_jax.evaluators.base import Mean, run_evaluation, to_host
 from aitok_jax.tasks.base import compiled_predict
 
 
@@ -63,17 +63,10 @@ def evaluate(
         _check_crop(task.eval_crop, batch["depth"].shape[1:])
         return outputs, _measure(outputs, batch, baseline_HW, crop=task.eval_crop, max_depth=task.max_depth)
 
-    batches = pipeline.eval_batches(
-        data.eval,
-        data.eval_transform,
-        batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     means: dict[str, Mean] = {}
     seen, without_depth = 0, 0
-    total = -(-len(data.eval) // batch_size)
-    for batch, (outputs, rows) in run_batches(step, batches, mesh=mesh, total=total, label=prefix, progress=progress):
+    steps = run_evaluation(step, data, batch_size=batch_size, mesh=mesh, label=prefix, progress=progress)
+    for batch, (outputs, rows) in steps:
         rows = to_host(rows)
         real = rows["mask"] > 0
         for part, columns in rows["metrics"].items():

@@ -11,9 +11,8 @@ from jax.sharding import Mesh
 from pycocotools import mask as coco_mask
 
 from aitok_jax import paste, visualize
-from aitok_jax.data import pipeline
 from aitok_jax.evaluators.average_precision import CocoScorer
-from aitok_jax.evaluators.base import run_batches, to_host
+from aitok_jax.evaluators.base import run_evaluation, to_host
 from aitok_jax.tasks.base import compiled_predict
 
 CANVAS_GREY = 128
@@ -57,18 +56,11 @@ def evaluate(
     coco = source.source.coco
     results = {image_id: [] for image_id in sorted(coco.imgs)}
     overlaps = []
-    batches = pipeline.eval_batches(
-        source,
-        data.eval_transform,
-        batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    steps = run_batches(
+    steps = run_evaluation(
         lambda batch: predict(params, model_state, batch),
-        batches,
+        data,
+        batch_size=batch_size,
         mesh=mesh,
-        total=-(-len(source) // batch_size),
         label=prefix,
         progress=progress,
     )
