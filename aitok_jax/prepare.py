@@ -60,10 +60,7 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Run:
         changes, configs = {config.name: changes}, {config.name: configs}
     variants = {name: _variants(part, changes.get(name) or {}) for name, part in parts.items()}
     for name, part in parts.items():
-        if configs[name].get("size", part.image_size) != part.image_size:
-            raise ValueError(
-                f"{name}: data.size={configs[name].size} must be task.image_size={part.image_size}; change one of them"
-            )
+        _check_sizes(name, configs[name], part)
     run = Run(config, run_dir.RunDir(workdir), mesh, task, parts, variants, {})
     for key in ("batch_size", "eval_batch_size"):
         for size in run.each(key).values():
@@ -73,6 +70,17 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Run:
         if part.evaluator == "objects":
             _name_classes(config, part.vocabulary.num_classes, data[name].train)
     return dataclasses.replace(run, data=data)
+
+
+def _check_sizes(name: str, data: Mapping, task: tasks.Task) -> None:
+    """ValueError where the data would come in other sizes than the task reads."""
+    pairs = {"size": "image_size", "num_objects": "num_objects"}
+    if getattr(task, "mask_tokens", 0):
+        pairs["mask_size"] = "mask_size"
+    for given, field in pairs.items():
+        wanted = getattr(task, field, None)
+        if wanted is not None and data.get(given, wanted) != wanted:
+            raise ValueError(f"{name}: data.{given}={data[given]} must be task.{field}={wanted}; change one of them")
 
 
 def _name_classes(config: ConfigDict, num_classes: int, source: Any) -> None:

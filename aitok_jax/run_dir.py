@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 _PACKAGES = ("aitok_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu", "tensorflow")
-_MAX_IMAGES = 8  # panels shown in TensorBoard
+_MAX_IMAGES = 16  # panels shown in TensorBoard
 
 
 class RunDir:
@@ -71,9 +71,10 @@ class RunDir:
         """Logs the metrics of an evaluation, and shows the panels it left."""
         self._write(step, {name: float(value) for name, value in metrics.items()}, "")
         if self._events is not None:
-            for file in sorted(self.panels.glob("*.png"))[:_MAX_IMAGES]:
+            for file in sorted(self.panels.rglob("*.png"))[:_MAX_IMAGES]:
+                name = file.relative_to(self.path).with_suffix("").as_posix()
                 with Image.open(file) as image:
-                    self._events.write_images(step, {f"panels/{file.stem}": np.asarray(image.convert("RGB"))[None]})
+                    self._events.write_images(step, {name: np.asarray(image.convert("RGB"))[None]})
             self._events.flush()
 
     def _write(self, step: int, metrics: dict[str, float], prefix: str) -> None:

@@ -238,5 +238,5 @@ def _evaluate(
         mesh=run.mesh,
         prefix=variant or part,
         baseline=baseline,
-        panels_dir=None if variant else run.folder.panels,
+        panels_dir=None if variant else run.folder.panels / (part if run.joint else ""),
     )

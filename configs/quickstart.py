@@ -1,20 +1,22 @@
-"""Depth in small, on built-in scenes: renders rooms, trains the tokenizer and a solver, evaluates, writes panels.
+"""The whole method in small, on built-in scenes: two tokenizers and one solver for depth and instances.
 
     python -m aitok_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-About 16 minutes on two CPU cores. Arguments: `configs/quickstart.py:parallel` (all tokens in one pass),
-`:smoke` (a few steps of everything, for tests).
+About 20 minutes on two CPU cores. Arguments: `configs/quickstart.py:parallel` (depth alone, all tokens in one pass;
+objects need steps), `:smoke` (a few steps of everything, for tests).
 
-WORKDIR/metrics.json then holds depth/… (soft decoding), depth_hard/… (the same weights, hard decoding),
-baseline/… (the mean depth map of the training set) and tokenizer/… (tokenize and detokenize the truth).
+WORKDIR/metrics.json then holds depth/… and instances/… (soft decoding), depth_hard/… and instances_hard/… (the same
+weights, hard decoding), baseline/… (the mean depth map of the training set), tokenizer/… and mask_tokenizer/… (tokenize
+and detokenize the truth).
 """
 
 from ml_collections import ConfigDict
 
 from aitok_jax.config_utils import parse_arg
 
-SIZE, WIDTH = 64, 80  # pixels: training crops are SIZE×SIZE out of SIZE×WIDTH
-TOKENIZER = {
+SIZE = 64  # pixels, of images and depth maps
+OBJECTS, CROP = 10, 16  # objects of a sequence, pixels of a mask crop
+DEPTH_TOKENIZER = {
     "hidden": 16,
     "downsample": 16,
     "num_res_blocks": 2,
@@ -26,21 +28,23 @@ TOKENIZER = {
     "soft_temperature": 0.8,
     "restart_threshold": 0.1,
 }
+MASK_TOKENIZER = DEPTH_TOKENIZER | {
+    "hidden": 8,
+    "downsample": 8,
+    "objective": "mse",
+    "use_norm": True,
+    "max_value": 1.0,
+    "soft_temperature": 1.0,
+}
+TOKENS = OBJECTS * (5 + (CROP // MASK_TOKENIZER["downsample"]) ** 2)  # of an image's objects; its depth has fewer
+HARD = {"soft_input": False, "soft_detokenize": False}
 
 
-def data_fields(recipe: str, smoke: bool) -> dict:
+def data_fields(name: str, smoke: bool, **fields) -> dict:
+    """Of one reader; all read the same scenes."""
     return {
-        "name": "nyu",
+        "name": name,
         "root": "{workdir}/scenes",
-        "train_list": "train.txt",
-        "test_list": "test.txt",
-        "train_subfolder": "",
-        "test_subfolder": "",
-        "size": SIZE,
-        "recipe": recipe,
-        "columns": (),
-        "color": False,
-        "cutdepth": "off",
         "on_error": "raise",
         "cache": True,
         "expected_train": 0,
@@ -49,22 +53,36 @@ def data_fields(recipe: str, smoke: bool) -> dict:
             "train": 96 if smoke else 6000,
             "test": 16 if smoke else 300,
             "height": SIZE,
-            "width": WIDTH,
+            "width": SIZE,
             "seed": 0,
-            "format": "nyu",
+            "format": "both",
         },
+        **fields,
     }
 
 
-def stage(name: str, task: dict, recipe: str, steps: int, learning_rate: float, smoke: bool) -> dict:
-    steps = 8 if smoke else steps
+def depth_data(recipe: str, smoke: bool) -> dict:
+    fields = {"train_list": "train.txt", "test_list": "test.txt", "train_subfolder": "", "test_subfolder": ""}
+    fields |= {"size": SIZE, "recipe": recipe, "columns": (), "color": False, "cutdepth": "off"}
+    return data_fields("nyu", smoke, **fields)
+
+
+def object_data(name: str, smoke: bool, **fields) -> dict:
+    annotations = {f"{part}_annotations": f"annotations/instances_{part}.json" for part in ("train", "test")}
+    folders = {"train_images": "", "test_images": ""}
+    return data_fields(name, smoke, mask_size=CROP, **annotations, **folders, **fields)
+
+
+def stage(name: str, task: dict, data: dict, batch_size: int | dict, steps: int, smoke: bool) -> dict:
+    tokenizer, steps = "tokenizer" in name, 8 if smoke else steps
+    evaluated = 16 if smoke else 64
     return {
         "name": name,
         "seed": 0,
-        "task": {"name": "depth_tokenizer" if name == "tokenizer" else name, "image_size": SIZE, **task},
-        "data": data_fields(recipe, smoke),
-        "batch_size": 32,
-        "eval_batch_size": 16 if smoke else 64,
+        "task": task,
+        "data": data,
+        "batch_size": batch_size,
+        "eval_batch_size": dict.fromkeys(batch_size, evaluated) if isinstance(batch_size, dict) else evaluated,
         "train_steps": steps,
         "log_every": 4 if smoke else 50,
         "eval_every": 0,
@@ -72,18 +90,18 @@ def stage(name: str, task: dict, recipe: str, steps: int, learning_rate: float, 
         "keep_checkpoints": 1,
         "optim": {
             "name": "adamw",
-            "learning_rate": learning_rate,
+            "learning_rate": 1e-3,
             "b1": 0.9,
             "b2": 0.999,
             "eps": 1e-8,
-            "weight_decay": 0.0 if name == "tokenizer" else 0.05,
+            "weight_decay": 0.0 if tokenizer else 0.05,
             "layer_decay": 1.0,
             "clip_norm": 1.0,
             "warmup_steps": min(200, steps // 2),
             "warmup_ratio": 0.01,
             "schedule": {"name": "cosine", "end_factor": 0.02},
         },
-        "ema_decay": 0.0 if name == "tokenizer" else 0.999,
+        "ema_decay": 0.0 if tokenizer else 0.999,
         "fsdp": 1,
         "start_from": {},
         "eval_variants": {},
@@ -91,23 +109,19 @@ def stage(name: str, task: dict, recipe: str, steps: int, learning_rate: float, 
     }
 
 
-def solver_task(parallel: bool) -> dict:
+def shared_fields(parallel: bool) -> dict:
     return {
-        "soft_input": not parallel,
-        "aux_weight": 3.0,
-        "memory_weight": 1.0,
-        "input_noise": 0.0 if parallel else 0.3,
-        "normalize_image": True,
-        "tokenizer": TOKENIZER,
-        "vocabulary": {"num_bins": 64, "num_classes": 9, "num_mask_codes": 16},
+        "init_variance": 0.5,
+        "vocabulary": {"num_bins": SIZE, "num_classes": 9, "num_mask_codes": MASK_TOKENIZER["num_codes"]},
         "backbone": {
-            "patch": 16,
-            "stem": (32, 64, 128, 192),
-            "embed_dim": 192,
-            "depths": (2,),
+            "patch": 8,
+            "stem": (32, 64, 128),
+            "stem_blocks": 2,
+            "embed_dim": 128,
+            "depths": (1,),
             "num_heads": (4,),
-            "windows": (4,),
-            "pretrain_windows": (4,),
+            "windows": (8,),
+            "pretrain_windows": (8,),
             "use_shift": (False,),
             "drop_path": 0.0,
         },
@@ -115,9 +129,9 @@ def solver_task(parallel: bool) -> dict:
             "dim": 128,
             "num_heads": 4,
             "hidden": 512,
-            "encoder_layers": 2,
+            "encoder_layers": 1,
             "decoder_layers": 2,
-            "max_length": (SIZE // TOKENIZER["downsample"]) ** 2,
+            "max_length": TOKENS,
             "position_temperature": 4.0,
             "parallel": parallel,
             "drop_path": 0.0,
@@ -126,11 +140,62 @@ def solver_task(parallel: bool) -> dict:
     }
 
 
+def depth_fields(parallel: bool) -> dict:
+    return {
+        "image_size": SIZE,
+        "soft_input": not parallel,
+        "aux_weight": 3.0,
+        "memory_weight": 1.0,
+        "input_noise": 0.0 if parallel else 0.3,
+        "normalize_image": True,
+        "tokenizer": DEPTH_TOKENIZER,
+    }
+
+
+def instance_fields() -> dict:
+    return {
+        "image_size": SIZE,
+        "num_objects": OBJECTS,
+        "mask_size": CROP,
+        "mask_weight": 1.0,
+        "memory_weight": 1.0,
+        "tokenizer": MASK_TOKENIZER,
+    }
+
+
+def parallel_depth(smoke: bool) -> dict:
+    task = {"name": "depth", **shared_fields(True), **depth_fields(True)}
+    solver = stage("depth", task, depth_data("solver", smoke), 32, 4000, smoke)
+    solver["start_from"] = {"model_state/depth_tokenizer": "{workdir}/tokenizer"}
+    solver["eval_variants"] = {"depth_hard": HARD}
+    solver["eval_baseline"] = True
+    return solver
+
+
+def joint(smoke: bool) -> dict:
+    parts = {"depth": depth_fields(False), "instances": instance_fields()}
+    objects = {"size": SIZE, "num_objects": OBJECTS, "jitter": (1.0, 1.0), "order": "left_to_right"}
+    data = {"depth": depth_data("solver", smoke), "instances": object_data("coco", smoke, **objects)}
+    task = {"name": "joint", "shared": shared_fields(False), **parts}
+    solver = stage("joint", task, data, {"depth": 8, "instances": 8}, 9000, smoke)
+    solver["start_from"] = {
+        "model_state/depth_tokenizer": "{workdir}/tokenizer",
+        "model_state/mask_tokenizer": "{workdir}/mask_tokenizer",
+    }
+    solver["eval_variants"] = {"depth": {"depth_hard": HARD}, "instances": {"instances_hard": HARD}}
+    solver["eval_baseline"] = True
+    return solver
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, parallel=False, smoke=False)
-    tokenizer = stage("tokenizer", {"tokenizer": TOKENIZER, "mask_ratio": 0.0}, "tokenizer", 1500, 1e-3, arg.smoke)
-    solver = stage("depth", solver_task(arg.parallel), "solver", 4000, 1e-3, arg.smoke)
-    solver["start_from"] = {"model_state/depth_tokenizer": "{workdir}/tokenizer"}
-    solver["eval_variants"] = {"depth_hard": {"soft_input": False, "soft_detokenize": False}}
-    solver["eval_baseline"] = True
-    return ConfigDict({"stages": {"tokenizer": tokenizer, "depth": solver}})
+    task = {"name": "depth_tokenizer", "image_size": SIZE, "mask_ratio": 0.0, "tokenizer": DEPTH_TOKENIZER}
+    stages = {"tokenizer": stage("tokenizer", task, depth_data("tokenizer", arg.smoke), 32, 1500, arg.smoke)}
+    if arg.parallel:
+        stages["depth"] = parallel_depth(arg.smoke)
+    else:
+        task = {"name": "mask_tokenizer", "image_size": CROP, "tokenizer": MASK_TOKENIZER}
+        masks = object_data("coco_masks", arg.smoke)
+        stages["mask_tokenizer"] = stage("mask_tokenizer", task, masks, 64, 2000, arg.smoke)
+        stages["joint"] = joint(arg.smoke)
+    return ConfigDict({"stages": stages})

@@ -35,7 +35,7 @@ def coco_data(name: str = "coco", size: int = 640) -> ConfigDict:
         "render": {},
     }
     if name == "coco":
-        fields |= {"size": size, "num_objects": 100, "jitter": (0.1, 3.0)}
+        fields |= {"size": size, "num_objects": 100, "jitter": (0.1, 3.0), "order": "random"}
     return ConfigDict(fields)
 
 

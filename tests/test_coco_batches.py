@@ -67,7 +67,8 @@ def test_evaluation_batches(tmp_path):
 def data_config(root, **changes):
     values = dict(name="coco", root=str(root), train_images="images", train_annotations="instances.json")
     values |= dict(test_images="images", test_annotations="instances.json", size=32, num_objects=6, mask_size=8)
-    values |= dict(jitter=(0.5, 2.0), on_error="raise", cache=True, expected_train=0, expected_test=0, render={})
+    values |= dict(jitter=(0.5, 2.0), order="random", on_error="raise", cache=True, expected_train=0, expected_test=0)
+    values |= dict(render={})
     return ConfigDict({**values, **changes})
 
 
@@ -99,6 +100,20 @@ def test_build(tmp_path):
     assert (
         sum(batch["mask"].sum() for batch in pipeline.eval_batches(data.eval, data.eval_transform, batch_size=2)) == 3
     )
+
+
+def test_objects_from_left_to_right(tmp_path):
+    """Real ones, also where there are more of them than slots; the published order is random."""
+    write(tmp_path, [annotation(i + 1, box=(x, 5, x + 9, 15)) for i, x in enumerate((20, 2, 11, 6))])
+    for slots in (3, 6):
+        lefts = {}
+        for order in objects.ORDERS:
+            data = pipeline.build(data_config(tmp_path, jitter=(1.0, 1.0), order=order, num_objects=slots))
+            batch = next(pipeline.train_batches(data.train, data.train_transform, batch_size=30, seed=0))
+            assert (batch["objects/kind"][:, : min(slots, 4)] == objects.REAL).all()
+            lefts[order] = batch["objects/boxes"][:, : min(slots, 4), 0]
+        assert (np.diff(lefts["left_to_right"]) > 0).all()
+        assert 0.3 < (np.diff(lefts["random"]) > 0).mean() < 0.7
 
 
 def test_build_errors(tmp_path):

@@ -9,20 +9,24 @@ import pytest
 from PIL import Image
 
 import configs
-from aitok_jax import Predictor, checkpoint, main, train
+from aitok_jax import Predictor, checkpoint, config_utils, main, train
 
 
 def small_quickstart(arg="smoke"):
     """The quickstart's smoke run with narrow networks: what is tested is the plumbing."""
     config = configs.load("quickstart", arg)
-    for stage in config.stages.values():
-        stage.batch_size, stage.eval_batch_size = 8, 8
-        stage.data.render.train, stage.data.render.test = 24, 8
-        stage.task.tokenizer.hidden = 4
-    solver = config.stages.depth.task
-    solver.backbone.stem, solver.backbone.embed_dim = (8, 8, 16, 16), 16
-    solver.transformer.dim, solver.transformer.hidden = 32, 64
-    solver.transformer.encoder_layers = solver.transformer.decoder_layers = 1
+    for name, stage in config.stages.items():
+        sizes = {"depth": 8, "instances": 8} if name == "joint" else 8
+        stage.update({"batch_size": sizes, "eval_batch_size": sizes})
+        for data in stage.data.values() if name == "joint" else [stage.data]:
+            data.render.train, data.render.test = 24, 8
+        task = stage.task
+        for part in (task.depth, task.instances) if name == "joint" else (task,):
+            part.tokenizer.hidden = 4
+        if "tokenizer" not in name:
+            shared = task.shared if name == "joint" else task
+            shared.backbone.stem, shared.backbone.embed_dim = (8, 8, 16), 16
+            shared.transformer.update({"dim": 32, "hidden": 64, "decoder_layers": 1})
     return config
 
 
@@ -35,15 +39,15 @@ def quickstart(tmp_path_factory):
 def test_quickstart_leaves_everything_a_user_expects(quickstart):
     workdir, metrics = quickstart
     assert json.loads((workdir / "metrics.json").read_text()) == metrics
-    for name in ("depth/rmse", "depth/abs_rel", "depth/d1", "depth_hard/rmse", "tokenizer/rmse"):
+    depth = [f"{part}/{name}" for part in ("depth", "baseline") for name in ("rmse", "abs_rel", "d1")]
+    objects = [f"{part}/{kind}_ap50" for part in ("instances", "instances_hard") for kind in ("box", "mask")]
+    for name in (*depth, *objects, "depth_hard/rmse", "tokenizer/rmse", "mask_tokenizer/mask_ap"):
         assert np.isfinite(metrics[name]), name
-    for name in ("baseline/rmse", "baseline/abs_rel", "baseline/d1"):
-        assert np.isfinite(metrics[name]), name
-    for stage in ("tokenizer", "depth"):
+    for stage in ("tokenizer", "mask_tokenizer", "joint"):
         for file in ("config.json", "env.json", "metrics.jsonl", "metrics.json"):
             assert (workdir / stage / file).stat().st_size
         assert list((workdir / stage).glob("events.out.tfevents*"))
-        assert list((workdir / stage / "panels").glob("*.png"))
+        assert list((workdir / stage / "panels").rglob("*.png"))
 
 
 def test_baseline_is_the_mean_training_map(quickstart):
@@ -66,42 +70,40 @@ def test_baseline_is_the_mean_training_map(quickstart):
 def test_predictor_reads_the_run(quickstart):
     workdir, _ = quickstart
     image = np.asarray(Image.open(next((workdir / "scenes").rglob("rgb_*.jpg"))))
-    result = Predictor.load(workdir / "depth")(image, task="depth")
+    predictor = Predictor.load(workdir / "joint")
+    result = predictor(image, task="depth")
     assert result["depth"].shape == result["confidence"].shape == image.shape[:2]
     assert result["depth"].dtype == np.float32
     assert (result["depth"] >= 1e-3).all()
     assert 0 <= result["confidence"].min() <= result["confidence"].max() <= 1
+    result = predictor(image, task="instances")
+    assert result["masks"].shape == (len(result["boxes"]), *image.shape[:2])
 
 
 def test_wrong_tokenizer_is_refused(quickstart, tmp_path):
     """The checkpoint of another configuration: the code dimension differs."""
     workdir, _ = quickstart
-    config = small_quickstart().stages.depth
-    config.task.tokenizer.code_dim = 32
-    config.start_from["model_state/depth_tokenizer"] = str(workdir / "tokenizer")
-    config.data.root = str(workdir / "scenes")
+    config = config_utils.format_workdir(small_quickstart().stages.joint, str(workdir))
+    config.task.depth.tokenizer.code_dim = 32
     with pytest.raises(ValueError, match=r"start_from: model_state/depth_tokenizer.* in the source but .* here"):
         train.train(config, tmp_path)
 
 
 def test_solver_without_tokenizer_is_refused(quickstart, tmp_path):
     workdir, _ = quickstart
-    config = small_quickstart().stages.depth
+    config = config_utils.format_workdir(small_quickstart().stages.joint, str(workdir))
     config.start_from["model_state/depth_tokenizer"] = ""
-    config.data.root = str(workdir / "scenes")
     with pytest.raises(ValueError, match=r"never trained.*tokenizer"):
         train.train(config, tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "depth"])
+@pytest.mark.parametrize("stage", ["tokenizer", "mask_tokenizer", "joint"])
 def test_stop_and_go_on_is_bit_for_bit(quickstart, tmp_path, monkeypatch, stage):
     """N + N steps with a restart equal 2N steps: parameters, optimizer, codebook, EMA and the logged losses."""
     workdir, _ = quickstart
-    config = small_quickstart().stages[stage]
-    config.data.root = str(workdir / "scenes")
-    if stage == "depth":
-        config.start_from["model_state/depth_tokenizer"] = str(workdir / "tokenizer")
+    config = config_utils.format_workdir(small_quickstart().stages[stage], str(workdir))
     config.log_every, config.eval_variants, config.eval_baseline = 1, {}, False
+    monkeypatch.setattr(train, "evaluate_all", lambda *_: {})
     half = config.train_steps // 2
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "reached_preemption", lambda self, step: step == half)

@@ -141,6 +141,37 @@ def test_weights_of_the_loss(state, logits, prepared):
     check_loss(ours, numpy_loss(task, state, logits, *map(np.asarray, prepared.targets)))
 
 
+def test_memory_loss_teaches_the_encoder_and_leaves_prediction_alone(state, batch, trained):
+    """Cross-entropy of boxes where there are objects and of classes everywhere, in NumPy from the memory itself."""
+    task = tasks.build({**tiny.CONFIG, "memory_weight": 0.5, "loss_weight": 2.0})
+    params, _ = tiny.random_state(task, batch)
+    params = state[0] | {"instances_memory_head": params["instances_memory_head"]}
+    value = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+    (loss, (metrics, _)), gradients = value(params, state[1], batch, jax.random.key(0))
+
+    prepared = task.prepare(state[1], batch, jax.random.key(0))
+    memory = task.solver.apply(
+        {"params": state[0]}, prepared.images, method=lambda solver, x: solver.transformer.encode(solver.features(x))
+    )
+    head = jax.tree.map(np.asarray, params["instances_memory_head"])
+    x = (np.asarray(memory) @ head["kernel"] + head["bias"]).reshape(4, 9, 5, -1)
+    logits = task.solver.transformer.apply({"params": state[0]["transformer"]}, x, method="logits")
+    targets, counted, _ = prepared.targets
+    tokens, covered = sequences.cell_tokens(VOCAB, targets, counted[..., 0], tiny.SIZE, 3)
+    logp = jax.nn.log_softmax(logits[..., : VOCAB.noise + 1])
+    ce = -np.take_along_axis(np.asarray(logp), np.asarray(tokens)[..., None], -1)[..., 0]
+    assert 0 < covered.sum() < covered.size
+    expected = ce[np.asarray(covered)][:, :4].mean() + ce[..., 4].mean()
+    np.testing.assert_allclose(metrics["memory_loss"], expected, rtol=1e-4)
+
+    np.testing.assert_allclose(loss, 2 * (trained[0][0] + 0.5 * expected), rtol=1e-4)
+    assert np.abs(gradients["instances_memory_head"]["kernel"]).max() > 0
+    decoder, plain = (g["transformer"]["decoder"]["blocks_0"]["mlp"]["fc1"]["kernel"] for g in (gradients, trained[1]))
+    np.testing.assert_allclose(decoder, 2 * plain, rtol=1e-3, atol=1e-6)
+    found, without = (jax.jit(t.predict)(p, state[1], batch) for t, p in ((task, params), (TASK, state[0])))
+    jax.tree.map(np.testing.assert_array_equal, found, without)
+
+
 def test_auxiliary_loss_is_a_switch_of_the_loss(state, logits, prepared, valued):
     """Its gradient runs through the logits of the mask codes of real objects alone."""
     (loss, metrics), gradient = valued

@@ -119,9 +119,9 @@ def test_head_of_the_memory_loss_is_a_parameter_of_the_joint_task(batch):
     maps = {"depth": rng.uniform(1, 9, (3, SIZE, SIZE)).astype(np.float32)}
     maps["image"] = rng.random((3, SIZE, SIZE, 3), np.float32)
     params, frozen = tiny.random_state(task, batch | {"depth": maps})
-    assert params["memory_head"]["kernel"].shape == (16, K)
+    assert params["depth_memory_head"]["kernel"].shape == (16, K)
     run = jax.jit(lambda *args: task.loss(*args)[1][0])
-    silent = params | {"memory_head": jax.tree.map(jnp.zeros_like, params["memory_head"])}
+    silent = params | {"depth_memory_head": jax.tree.map(jnp.zeros_like, params["depth_memory_head"])}
     ours, other = (run(p, frozen, batch | {"depth": maps}, jax.random.key(0)) for p in (params, silent))
     differing = {name for name in ours if abs(ours[name] - other[name]) > 1e-5}
     assert differing == {"depth/memory_loss"}
@@ -157,7 +157,7 @@ def replaced(part, **fields):
     return dataclasses.replace(part, solver=TaskSolver(**changed), **fields)
 
 
-SHARED = "must have one backbone, transformer and vocabulary: give them once"
+SHARED = "must have one of backbone, transformer, vocabulary, init_variance: give them once, in `shared`"
 
 
 @pytest.mark.parametrize(
@@ -214,3 +214,22 @@ def test_shared_entries_belong_to_both_parts():
     assert TASK.depth.vocabulary == TASK.instances.vocabulary
     assert (TASK.depth.vocabulary.num_mask_codes, TASK.depth.vocabulary.num_depth_codes) == (tiny.CODES, K)
     assert tasks.build(CONFIG) == TASK
+
+
+def test_fresh_linear_layers_keep_the_variance_asked_for(batch):
+    """Of both backbone and transformer; embeddings, and everything where it is 0, have the published deviation."""
+    wide = {**tiny.SHARED, "vocabulary": VOCABULARY, "transformer": {**tiny.SHARED["transformer"], "hidden": 256}}
+    fresh = [
+        tasks.build(CONFIG | {"shared": {**wide, **more}}).init(jax.random.key(0), batch)[0]
+        for more in ({}, {"init_variance": 0.5})
+    ]
+    published, scaled = (jax.tree_util.tree_leaves_with_path(params) for params in fresh)
+    linear = 0
+    for (path, before), (_, after) in zip(published, scaled, strict=True):
+        name, factor = jax.tree_util.keystr(path, simple=True, separator="/"), 1.0
+        if name.endswith("kernel") and before.ndim == 2:
+            linear, factor = linear + 1, (0.5 / before.shape[0]) ** 0.5 / 0.02
+        np.testing.assert_allclose(after, before * factor, rtol=1e-5, err_msg=name)
+    assert linear > 10
+    kernel = fresh[1]["transformer"]["decoder"]["blocks_0"]["mlp"]["fc1"]["kernel"]
+    assert np.std(kernel) == pytest.approx((0.5 / 16) ** 0.5, rel=0.15)

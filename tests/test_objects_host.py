@@ -392,6 +392,7 @@ def test_instance_transform():
         ((64, 10, -1), "mask_size=-1 must be 0"),
         ((64, 10, 16, (2.0, 1.0)), r"jitter=\(2.0, 1.0\) must be \(low, high\)"),
         ((64, 10, 16, (0.0, 1.0)), r"jitter=\(0.0, 1.0\) must be"),
+        ((64, 10, 16, (1.0, 1.0), "size"), "order='size' must be one of random, left_to_right"),
     ],
 )
 def test_wrong_options(arguments, message):

@@ -110,3 +110,29 @@ def test_real_objects_count_with_all_tokens_and_noise_with_the_label(length):
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask[0], [np.ones(length, bool), label_only])
     np.testing.assert_array_equal(mask[1], [label_only, label_only])
+
+
+def test_cells_show_the_smallest_object_over_them():
+    """An image of 8 pixels in 4x4 cells of 2: a large box, a small one on it, one that is no real object."""
+    vocabulary = Vocabulary(num_bins=8, num_classes=4)
+    boxes = np.array([[[0, 0, 6, 8], [2, 2, 4, 6], [6, 0, 8, 8]]], np.float32)
+    tokens = sequences.object_tokens(vocabulary, boxes, np.array([[0, 3, -1]]), None, 8)
+    cells, covered = sequences.cell_tokens(vocabulary, tokens, jnp.array([[True, True, False]]), 8, 4)
+    large, small, none = 0, 3, vocabulary.noise - vocabulary.classes.start
+    labels = np.array([[large] * 3 + [none]] * 4)
+    labels[1:3, 1] = small
+    np.testing.assert_array_equal(cells[0, :, 4].reshape(4, 4) - vocabulary.classes.start, labels)
+    np.testing.assert_array_equal(covered[0].reshape(4, 4), labels != none)
+    np.testing.assert_array_equal(cells[0, 5, :4], [2, 2, 4, 6])
+    np.testing.assert_array_equal(cells[0, 0, :4], [0, 0, 6, 8])
+
+
+def test_thin_objects_have_a_cell_and_no_objects_none():
+    """The box lies between two centres; a grid cell is 4 pixels wide."""
+    vocabulary = Vocabulary(num_bins=16, num_classes=4)
+    boxes = np.array([[[3, 0, 5, 16]], [[0, 0, 16, 16]]], np.float32)
+    tokens = sequences.object_tokens(vocabulary, boxes, np.array([[1], [-1]]), None, 16)
+    cells, covered = sequences.cell_tokens(vocabulary, tokens, jnp.array([[True], [False]]), 16, 4)
+    np.testing.assert_array_equal(covered[0].reshape(4, 4), [[True, True, False, False]] * 4)
+    assert not covered[1].any()
+    np.testing.assert_array_equal(cells[1, :, 4], vocabulary.noise)

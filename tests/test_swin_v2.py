@@ -137,6 +137,26 @@ def test_stem_takes_its_part_of_the_patch():
         TINY.clone(stem=(4, 4, 4))
 
 
+def test_stem_blocks_are_residual():
+    """A block whose LayerNorm gives zeros changes nothing; it sees its neighbours, beyond the patch."""
+    plain, blocks = TINY.clone(stem=(6,)), TINY.clone(stem=(6,), stem_blocks=2)
+    image = jnp.asarray(np.random.default_rng(0).normal(size=(1, 24, 40, 3)), jnp.float32)
+    params = blocks.init(jax.random.key(0), image)["params"]
+    embed = params["patch_embed"]
+    kernels = [embed[name]["kernel"].shape for name in ("stem_0", "stem_1", "stem_2", "proj")]
+    assert kernels == [(3, 3, 3, 6), (3, 3, 6, 6), (3, 3, 6, 6), (2, 2, 6, 8)]
+    silent = embed | {f"stem_norm_{i}": jax.tree.map(jnp.zeros_like, embed[f"stem_norm_{i}"]) for i in (1, 2)}
+    without = {name: value for name, value in embed.items() if name[-2:] not in ("_1", "_2")}
+    maps = [
+        module.apply({"params": params | {"patch_embed": chosen}}, image)[0]
+        for module, chosen in ((blocks, silent), (plain, without), (blocks, embed))
+    ]
+    np.testing.assert_allclose(maps[0], maps[1], atol=1e-6)
+    assert np.abs(maps[2] - maps[1]).max() > 1e-3
+    with pytest.raises(ValueError, match="stem_blocks=2 come after a stem"):
+        TINY.clone(stem_blocks=2)
+
+
 def test_patch_merging_order():
     """Rows, then columns: (0,0), (1,0), (0,1), (1,1); odd sizes are padded with zeros."""
     x = np.arange(1.0, 7, dtype=np.float32).reshape(1, 2, 3, 1)

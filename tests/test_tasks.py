@@ -345,6 +345,26 @@ def test_input_noise_replaces_the_share_of_tokens_asked_for():
         dataclasses.replace(TASK, input_noise=1.5)
 
 
+def test_memory_loss_reads_a_token_off_the_vectors_of_its_patch(batch):
+    """Stride 4 and tokens of 8 pixels: 2x2 vectors a token, in the order of `partition`."""
+    task = tasks.build({**CONFIG, "backbone": {**CONFIG["backbone"], "patch": 2}, "memory_weight": 1.0})
+    params, state = random_state(task, batch)
+    targets = task.targets(state, batch["depth"])
+    side = task.image_size // 4
+    memory = np.random.default_rng(0).normal(size=(len(targets), side, side, task.solver.transformer.dim))
+    logits = np.zeros((*targets.shape, task.vocabulary.size), np.float32)
+    flat = memory.reshape(len(targets), side**2, -1)
+    _, metrics = task.score(params, state, logits, flat, (targets, batch["depth"]))
+    head = jax.tree.map(np.asarray, params["depth_memory_head"])
+    read = np.zeros((*targets.shape, K), np.float32)
+    for t in range(targets.shape[1]):
+        row, column = divmod(t, task.grid)
+        patch = memory[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(len(targets), -1)
+        read[:, t] = patch @ head["kernel"] + head["bias"]
+    expected = task._window_loss(state, read, targets, batch["depth"])
+    np.testing.assert_allclose(metrics["memory_loss"], expected, rtol=1e-4)
+
+
 def test_memory_loss_teaches_the_encoder_and_leaves_prediction_alone(batch):
     backbone = {**CONFIG["backbone"], "patch": 4}  # stride 8, as the tokenizer
     task = tasks.build({**CONFIG, "backbone": backbone, "memory_weight": 0.5})
@@ -358,7 +378,7 @@ def test_memory_loss_teaches_the_encoder_and_leaves_prediction_alone(batch):
     (loss, (metrics, _)), grads = gradients(task, params)
     (plain_loss, _), plain_grads = gradients(plain, without)
     np.testing.assert_allclose(loss, plain_loss + 0.5 * metrics["memory_loss"], rtol=1e-5)
-    assert jnp.abs(grads["memory_head"]["kernel"]).max() > 0
+    assert jnp.abs(grads["depth_memory_head"]["kernel"]).max() > 0
     decoder = [g["transformer"]["decoder"]["blocks_0"]["mlp"]["fc1"]["kernel"] for g in (grads, plain_grads)]
     np.testing.assert_allclose(*decoder, rtol=1e-4, atol=1e-7)
     stems = [g["backbone"]["patch_embed"]["proj"]["kernel"] for g in (grads, plain_grads)]
@@ -366,5 +386,5 @@ def test_memory_loss_teaches_the_encoder_and_leaves_prediction_alone(batch):
     np.testing.assert_array_equal(
         compiled_predict(task)(params, state, batch)["depth"], compiled_predict(plain)(without, state, batch)["depth"]
     )
-    with pytest.raises(ValueError, match=r"backbone stride 24 must be tokenizer.downsample=8"):
+    with pytest.raises(ValueError, match=r"backbone stride 24 must divide tokenizer.downsample=8"):
         tasks.build({**CONFIG, "backbone": {**backbone, "patch": 12}, "memory_weight": 0.5})

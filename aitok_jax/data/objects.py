@@ -16,6 +16,7 @@ from aitok_jax.data.transforms import PAD
 Example = dict[str, np.ndarray]
 
 REAL, DUPLICATE, BAD = 0, 1, 2  # kinds of slots
+ORDERS = ("random", "left_to_right")  # of real objects: the published one, or by the left edge, which is learnt sooner
 NOISE_CLASS = -1
 MIN_SIDE = 1e-2  # pixels: boxes whose width or height is not above this after cropping are dropped
 _DUPLICATE_JITTER = 0.1  # of the box's width or height
@@ -58,7 +59,11 @@ class _View(NamedTuple):
 
 
 def training(
-    size: int, num_objects: int = 100, mask_size: int = 64, jitter: tuple[float, float] = (0.1, 3.0)
+    size: int,
+    num_objects: int = 100,
+    mask_size: int = 64,
+    jitter: tuple[float, float] = (0.1, 3.0),
+    order: str = "random",
 ) -> HostTransform:
     """Training recipe of detection and instance segmentation (AIT.md sections 6.2 and 7).
 
@@ -72,6 +77,7 @@ def training(
       num_objects: slots N. More real objects than that: a random N of them.
       mask_size: side of the mask crops; 0 = none, and the source needs no masks.
       jitter: (low, high).
+      order: of the real objects, see ORDERS.
 
     Returns:
       A transform to `image` float32[size,size,3] RGB in 0..1; `objects/boxes` float32[N,4] x1 y1 x2 y2 in pixels of the
@@ -80,6 +86,8 @@ def training(
     """
     low, high = jitter
     _check(size, num_objects, mask_size)
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r} must be one of {', '.join(ORDERS)}")
     if not 0 < low <= high:
         raise ValueError(f"jitter={tuple(jitter)} must be (low, high) with 0 < low <= high")
     spec = {
@@ -98,7 +106,7 @@ def training(
         view = _random_view(height, width, size, rng.uniform(low, high), rng)
         boxes = _boxes_in(view, example["boxes"], height, width)
         kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] > MIN_SIDE).all(axis=1))
-        slots = fill_slots(boxes[kept], example["classes"][kept], num_objects, view.height, view.width, rng)
+        slots = fill_slots(boxes[kept], example["classes"][kept], num_objects, view.height, view.width, rng, order)
         result = {
             "image": _picture(example["image"], view, size),
             "objects/boxes": slots.boxes,
@@ -161,9 +169,15 @@ def flip(example: Example) -> Example:
 
 
 def fill_slots(
-    boxes: np.ndarray, classes: np.ndarray, num_objects: int, height: int, width: int, rng: np.random.Generator
+    boxes: np.ndarray,
+    classes: np.ndarray,
+    num_objects: int,
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    order: str = "random",
 ) -> Slots:
-    """Real objects in random order, then noise objects up to `num_objects` (AIT.md section 6.2).
+    """Real objects in the given order, then noise objects up to `num_objects` (AIT.md section 6.2).
 
     A uniform random number of the noise objects are duplicates, of any real object alike; the rest are bad boxes.
     Without real objects all are bad. Noise objects are shuffled.
@@ -174,6 +188,8 @@ def fill_slots(
       height, width: of the image, without padding; noise boxes stay inside.
     """
     real = rng.permutation(len(boxes))[:num_objects]
+    if order == "left_to_right":
+        real = real[np.argsort(boxes[real, 0], kind="stable")]
     noise = num_objects - len(real)
     duplicates = rng.integers(noise + 1) if len(real) else 0
     copied = rng.permutation(np.resize(real, (noise // max(len(real), 1) + 1) * len(real)))[:duplicates]

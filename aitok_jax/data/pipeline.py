@@ -121,7 +121,7 @@ def build(config: Any) -> Data:
     'nyu': train_list, test_list ('' = look through the folder), train_subfolder, test_subfolder, size (crop side),
     recipe ('tokenizer' | 'solver'), columns, color, cutdepth.
     'coco': train_images, test_images (folders), train_annotations, test_annotations (JSONs; all relative to root),
-    size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high).
+    size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high), order (objects.ORDERS).
     'coco_masks': folders and JSONs as 'coco', mask_size.
     """
     builders = {"nyu": _nyu, "coco": _coco, "coco_masks": _coco_masks}
@@ -153,7 +153,9 @@ def _nyu(config: Any) -> Data:
 
 
 def _coco(config: Any) -> Data:
-    train_transform = objects.training(config.size, config.num_objects, config.mask_size, tuple(config.jitter))
+    train_transform = objects.training(
+        config.size, config.num_objects, config.mask_size, tuple(config.jitter), config.order
+    )
     counts = config.expected_train, config.expected_test
     train, test = _coco_sources(config, *counts, masks=config.mask_size > 0, cache=config.cache)
     return Data(train, test, train_transform, objects.evaluation(config.size))

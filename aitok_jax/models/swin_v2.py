@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 MAX_LOGIT_SCALE = math.log(100.0)
-trunc_normal = nn.initializers.truncated_normal(0.02)
+INIT_STD = 0.02  # of linear layers and embeddings
+trunc_normal = nn.initializers.truncated_normal(INIT_STD)
 
 
 def relative_coordinates(window: int, pretrain_window: int) -> np.ndarray:
@@ -209,22 +210,25 @@ class PatchMerging(nn.Module):
 class PatchEmbed(nn.Module):
     """[B,H,W,3] -> [B,H/p,W/p,C] by a strided convolution and LayerNorm.
 
-    With `stem` widths, 3×3 convolutions of stride 2 (LayerNorm, GELU) come first and the strided one covers what they
-    leave of the patch.
+    With `stem` widths, 3×3 convolutions of stride 2 (LayerNorm, GELU) come first, then `stem_blocks` residual ones of
+    stride 1, and the strided one covers what they leave of the patch.
     """
 
     dim: int
     patch: int
     stem: Sequence[int] = ()
+    stem_blocks: int = 0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        for i, width in enumerate(self.stem):
-            x = nn.Conv(width, (3, 3), (2, 2), padding=1, use_bias=False, **dtypes, name=f"stem_{i}")(x)
-            x = jax.nn.gelu(_norm(f"stem_norm_{i}", self)(x), approximate=False)
+        layers = [(width, 2) for width in self.stem] + [(width, 1) for width in self.stem[-1:]] * self.stem_blocks
+        for i, (width, stride) in enumerate(layers):
+            y = nn.Conv(width, (3, 3), (stride, stride), padding=1, use_bias=False, **dtypes, name=f"stem_{i}")(x)
+            y = jax.nn.gelu(_norm(f"stem_norm_{i}", self)(y), approximate=False)
+            x = y if stride == 2 else x + y
         p = self.patch // 2 ** len(self.stem)
         proj = nn.Conv(self.dim, (p, p), (p, p), "VALID", kernel_init=trunc_normal, **dtypes, name="proj")
         return _norm("norm", self)(proj(x))
@@ -276,6 +280,8 @@ class SwinV2(nn.Module):
         patch: side of a patch in pixels; stage s has stride patch·2^s.
         stem: widths of convolutions before the patch embedding, not published: a small backbone trained from random
             weights on little data learns several times faster with them ("Early convolutions", arXiv 2106.14881).
+        stem_blocks: residual convolutions of stride 1 after them, which look beyond a patch, where attention takes long
+            to learn what is near.
         drop_path: stochastic depth, rising linearly from 0 over all blocks.
         out_stages: stages whose maps are returned; () means the last one.
         remat: recompute every block in the backward pass.
@@ -289,6 +295,7 @@ class SwinV2(nn.Module):
     use_shift: Sequence[bool] = (True, True, False, False)
     patch: int = 4
     stem: Sequence[int] = ()
+    stem_blocks: int = 0
     mlp_ratio: float = 4.0
     drop_path: float = 0.0
     out_stages: Sequence[int] = ()
@@ -305,6 +312,8 @@ class SwinV2(nn.Module):
                 raise ValueError(f"num_heads[{s}]={heads} must divide the width of the stage, {self.embed_dim * 2**s}")
         if self.patch % 2 ** len(self.stem):
             raise ValueError(f"patch={self.patch} must be a multiple of 2^{len(self.stem)}, the stride of the stem")
+        if self.stem_blocks and not self.stem:
+            raise ValueError(f"stem_blocks={self.stem_blocks} come after a stem: give its widths, or stem_blocks=0")
         super().__post_init__()
 
     @property
@@ -317,9 +326,10 @@ class SwinV2(nn.Module):
         _, h, w, _ = images_BHWC.shape
         if h % self.patch or w % self.patch:
             raise ValueError(f"an image of {h}×{w} must be a multiple of patch={self.patch} in both directions")
-        x = PatchEmbed(self.embed_dim, self.patch, self.stem, self.dtype, self.param_dtype, name="patch_embed")(
-            images_BHWC
+        embed = PatchEmbed(
+            self.embed_dim, self.patch, self.stem, self.stem_blocks, self.dtype, self.param_dtype, name="patch_embed"
         )
+        x = embed(images_BHWC)
         rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
         last, maps = len(self.depths) - 1, []
         for s, depth in enumerate(self.depths):

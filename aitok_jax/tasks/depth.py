@@ -15,7 +15,7 @@ from aitok_jax import geometry, losses
 from aitok_jax.config_utils import build_dataclass
 from aitok_jax.models.bins import BinsTokenizer
 from aitok_jax.models.decode import Decoded, decode
-from aitok_jax.models.swin_v2 import SwinV2
+from aitok_jax.models.swin_v2 import SwinV2, partition
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.transformer import TokenTransformer
 from aitok_jax.models.vqvae import VQVAE
@@ -45,10 +45,12 @@ class DepthTask:
         input_noise: share of the input tokens that training replaces by random depth codes; 0 as published. A solver
             trained from random weights otherwise learns to continue the true tokens and to overlook the image. (The
             published instance segmentation corrupts its class labels likewise.)
-        memory_weight: weight of the same loss for codes read off the encoder's memory by a linear layer, where the
-            memory has one vector a token; 0 as published. The decoder starts with no idea which vector belongs to
+        memory_weight: weight of the same loss for codes read off the encoder's memory by a linear layer, from the
+            vectors of a token's patch; 0 as published. The decoder starts with no idea which vector belongs to
             which token, and without a pretrained backbone takes thousands of steps to use the image at all; this
             teaches the encoder meanwhile. Prediction does not use it.
+        init_variance: share of their input's variance that fresh linear layers give out; 0 is the published standard
+            deviation of 0.02, with which hardly anything comes through a narrow solver at first.
         normalize_image: subtract the mean of ImageNet's colours and divide by their standard deviation first, as
             published for the COCO tasks. Published depth weights want RGB in 0..1 as it is; a backbone trained from
             random weights learns far faster with it, since most of an image in 0..1 is its mean.
@@ -70,6 +72,7 @@ class DepthTask:
     loss_weight: float = 1.0
     input_noise: float = 0.0
     memory_weight: float = 0.0
+    init_variance: float = 0.0
     normalize_image: bool = False
     pad_to: int = 0
     flip: bool = True
@@ -94,8 +97,8 @@ class DepthTask:
     def init_heads(self, rng: jax.Array) -> Tree:
         if not self.memory_weight:
             return {}
-        memory = jnp.zeros((1, 1, self.solver.transformer.dim))
-        return {"memory_head": self._memory_head.init(rng, memory)["params"]}
+        memory = jnp.zeros((1, 1, self._vectors_per_token * self.solver.transformer.dim))
+        return {"depth_memory_head": self._memory_head.init(rng, memory)["params"]}
 
     def init_state(self, rng: jax.Array, batch: Batch) -> Tree:
         if isinstance(self.tokenizer, BinsTokenizer):
@@ -119,7 +122,10 @@ class DepthTask:
         targets_BT, depth_BHW = targets
         loss, metrics = self.token_loss(model_state, logits_BTV, targets_BT, depth_BHW)
         if self.memory_weight:
-            logits_BTK = self._memory_head.apply({"params": params["memory_head"]}, memory_BMD)
+            side = self.image_size // self.solver.backbone.stride
+            map_BhwD = memory_BMD.reshape(memory_BMD.shape[0], side, side, -1)
+            patches = partition(map_BhwD, side // self.grid).reshape(*targets_BT.shape, -1)
+            logits_BTK = self._memory_head.apply({"params": params["depth_memory_head"]}, patches)
             metrics["memory_loss"] = self._window_loss(model_state, logits_BTK, targets_BT, depth_BHW)
             loss += self.loss_weight * self.memory_weight * metrics["memory_loss"]
         return loss, metrics
@@ -127,6 +133,10 @@ class DepthTask:
     @property
     def _memory_head(self) -> nn.Dense:
         return nn.Dense(self.vocabulary.num_depth_codes)
+
+    @property
+    def _vectors_per_token(self) -> int:
+        return (self.tokenizer.downsample // self.solver.backbone.stride) ** 2
 
     def _window_loss(self, model_state: Tree, logits_BTK: jax.Array, targets_BT: jax.Array, depth_BHW: jax.Array):
         codes_BT = targets_BT - self.vocabulary.depth_codes.start
@@ -230,10 +240,11 @@ def _check_layout(task: DepthTask) -> None:
         raise ValueError(f"num_tasks={transformer.num_tasks} must be more than {TASK_ID}, the row of depth")
     if task.memory_weight and task.pad_to not in (0, size):
         raise ValueError(f"memory_weight={task.memory_weight} needs unpadded images: set pad_to=0 or memory_weight=0")
-    if task.memory_weight and backbone.stride != task.tokenizer.downsample:
+    if task.memory_weight and task.tokenizer.downsample % backbone.stride:
         raise ValueError(
-            f"memory_weight={task.memory_weight} needs one memory vector a token: backbone stride {backbone.stride} "
-            f"must be tokenizer.downsample={task.tokenizer.downsample}; change one or set memory_weight=0"
+            f"memory_weight={task.memory_weight} needs memory vectors for each token: backbone stride "
+            f"{backbone.stride} must divide tokenizer.downsample={task.tokenizer.downsample}; change one or set "
+            "memory_weight=0"
         )
     if not 0 <= task.input_noise <= 1:
         raise ValueError(f"input_noise={task.input_noise} must lie in 0..1")

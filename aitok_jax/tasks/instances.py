@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -43,6 +44,10 @@ class InstancesTask:
         aux_weight: weight of dice + mse of the softly detokenized masks; 0 turns it off.
         aux_objects: the auxiliary loss looks at the first so many objects of an image.
         loss_weight: of the whole loss.
+        memory_weight: weight of the cross-entropy of box and class tokens read off every vector of the encoder's memory
+            by a linear layer, for the object there (`sequences.cell_tokens`); 0 as published. As `DepthTask`'s, it
+            teaches a backbone with random weights to see; prediction does not use it.
+        init_variance: as `DepthTask`'s.
         soft_input: feed the probability-weighted embedding after a mask token.
         soft_detokenize: decode the probability-weighted mask codes instead of the most probable ones.
         top_p: 0 decodes greedily; the published evaluation samples with 0.3, here with the image's id as the key.
@@ -63,6 +68,8 @@ class InstancesTask:
     aux_weight: float = 5.0
     aux_objects: int = 100
     loss_weight: float = 1.0
+    memory_weight: float = 0.0
+    init_variance: float = 0.0
     soft_input: bool = True
     soft_detokenize: bool = True
     top_p: float = 0.0
@@ -84,7 +91,10 @@ class InstancesTask:
         return solving.init({"instances": self}, rng, {"instances": batch})
 
     def init_heads(self, rng: jax.Array) -> Tree:
-        return {}
+        if not self.memory_weight:
+            return {}
+        memory = jnp.zeros((1, 1, self.solver.transformer.dim))
+        return {"instances_memory_head": self._memory_head.init(rng, memory)["params"]}
 
     def init_state(self, rng: jax.Array, batch: Batch) -> Tree:
         if self.tokenizer is None:
@@ -115,7 +125,32 @@ class InstancesTask:
         self, params: Tree, model_state: Tree, logits_BTV: jax.Array, memory_BMD: jax.Array, targets: tuple
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits_BNLV = logits_BTV.reshape(*targets[0].shape, logits_BTV.shape[-1])
-        return self.token_loss(model_state, logits_BNLV, *targets)
+        loss, metrics = self.token_loss(model_state, logits_BNLV, *targets)
+        if self.memory_weight:
+            targets_BNL, counted_BNL, _ = targets
+            metrics["memory_loss"] = self._memory_loss(params, memory_BMD, targets_BNL, counted_BNL[..., 0])
+            loss += self.loss_weight * self.memory_weight * metrics["memory_loss"]
+        return loss, metrics
+
+    @property
+    def _memory_head(self) -> nn.Dense:
+        return nn.Dense((sequences.CLASS_SLOT + 1) * self.solver.transformer.dim)
+
+    def _memory_loss(
+        self, params: Tree, memory_BMD: jax.Array, targets_BNL: jax.Array, real_BN: jax.Array
+    ) -> jax.Array:
+        """Mean cross-entropy of the boxes where there is an object, plus that of the classes everywhere."""
+        vocabulary, slot = self.vocabulary, sequences.CLASS_SLOT
+        side = self.image_size // self.solver.backbone.stride
+        tokens_BM5, covered_BM = sequences.cell_tokens(vocabulary, targets_BNL, real_BN, self.image_size, side)
+        x_BMD = self._memory_head.apply({"params": params["instances_memory_head"]}, memory_BMD)
+        window = slice(vocabulary.coordinates.start, vocabulary.noise + 1)
+        logits_BM5V = self.solver.transformer.apply(
+            {"params": params["transformer"]}, x_BMD.reshape(*tokens_BM5.shape, -1), window, method="logits"
+        )
+        ce_BM5 = optax.softmax_cross_entropy_with_integer_labels(logits_BM5V, tokens_BM5)
+        boxes = jnp.sum(jnp.where(covered_BM, jnp.mean(ce_BM5[..., :slot], -1), 0.0))
+        return boxes / jnp.maximum(jnp.sum(covered_BM), 1) + jnp.mean(ce_BM5[..., slot])
 
     def token_loss(
         self,

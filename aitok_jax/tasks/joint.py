@@ -11,7 +11,7 @@ from aitok_jax.config_utils import unknown
 from aitok_jax.tasks import depth, instances, solving
 from aitok_jax.tasks.base import Batch, Tree
 
-SHARED = ("backbone", "transformer", "vocabulary")
+SHARED = ("backbone", "transformer", "vocabulary", "init_variance")
 BUILDERS = {"depth": depth.build, "instances": instances.build}
 
 
@@ -30,8 +30,9 @@ class JointTask:
     instances: instances.InstancesTask
 
     def __post_init__(self):
-        if self.depth.solver != self.instances.solver or self.depth.vocabulary != self.instances.vocabulary:
-            raise ValueError("depth and instances must have one backbone, transformer and vocabulary: give them once")
+        shared = ("solver", "vocabulary", "init_variance")
+        if any(getattr(self.depth, name) != getattr(self.instances, name) for name in shared):
+            raise ValueError(f"depth and instances must have one of {', '.join(SHARED)}: give them once, in `shared`")
         seen = self.depth.pad_to or self.depth.image_size
         if seen != self.instances.image_size:
             raise ValueError(
@@ -58,7 +59,7 @@ class JointTask:
 def build(fields: Mapping) -> JointTask:
     """From `config.task`: `depth` and `instances` hold what is their own, `shared` what both have.
 
-    `shared` holds `backbone`, `transformer` and the `vocabulary`, whose numbers of codes are the tokenizers'.
+    `shared` holds what SHARED names; the vocabulary's numbers of codes are the tokenizers'.
     """
     own = {name: dict(fields.get(name) or {}) for name in ("shared", *BUILDERS)}
     shared = own.pop("shared")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aitok_jax.models.swin_v2 import INIT_STD
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.tasks.base import Batch, Tree
 
@@ -29,6 +30,7 @@ class SolverPart(Protocol):
 
     solver: TaskSolver
     task_id: int
+    init_variance: float
 
     def init_heads(self, rng: jax.Array) -> Tree:
         """Fresh parameters beside those of the solver."""
@@ -50,12 +52,23 @@ def init(parts: Mapping[str, SolverPart], rng: jax.Array, batches: Mapping[str, 
     solver_rng, tokenizer_rng = jax.random.split(rng)
     solver = next(iter(parts.values())).solver
     image = jax.tree.map(jnp.zeros_like, next(iter(batches.values()))["image"][:1])
-    params = dict(solver.init(solver_rng, image, jnp.zeros((1, 1), jnp.int32), 0)["params"])
+    params = solver.init(solver_rng, image, jnp.zeros((1, 1), jnp.int32), 0)["params"]
+    params = _rescale(params, next(iter(parts.values())).init_variance)
     model_state = {}
     for name, part in parts.items():
         params |= part.init_heads(solver_rng)
         model_state |= part.init_state(tokenizer_rng, batches[name])
     return params, model_state
+
+
+def _rescale(params: Tree, variance: float) -> Tree:
+    """A copy whose linear layers keep `variance` of their input; 0 leaves the standard deviation of 0.02."""
+
+    def rescale(path, leaf):
+        linear = path[-1].key == "kernel" and leaf.ndim == 2
+        return leaf * ((variance / leaf.shape[0]) ** 0.5 / INIT_STD) if linear else leaf
+
+    return jax.tree_util.tree_map_with_path(rescale, params) if variance else dict(params)
 
 
 def loss(
