@@ -2,7 +2,7 @@
 
     python -m aitok_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-About 20 minutes on two CPU cores. Arguments: `configs/quickstart.py:parallel` (depth alone, all tokens in one pass;
+Arguments: `configs/quickstart.py:parallel` (depth alone, all tokens in one pass;
 objects need steps), `:smoke` (a few steps of everything, for tests).
 
 WORKDIR/metrics.json then holds depth/… and instances/… (soft decoding), depth_hard/… and instances_hard/… (the same
