@@ -7,6 +7,7 @@ import numpy as np
 import published
 import pytest
 
+from aitok_jax import paste
 from aitok_jax.convert import rules
 from aitok_jax.tasks import solving
 from aitok_jax.tasks.base import compiled_predict
@@ -102,10 +103,12 @@ def test_instance_inference(case, tree):
     task, meta = build(case, tree).instances, case.hp["test_meta"]
     outputs = predict_scaled(task, tree, cases.nhwc(case["in/test_img"]))
     height, width = meta["ori_shape"]
-    boxes = np.clip(outputs["boxes"][0] / meta["scale_factor"], 0, np.array([[width, height, width, height]]))
-    cases.check(boxes, case["out/test_boxes"][:, :4])
+    boxes = np.asarray(outputs["boxes"][0] / meta["scale_factor"])
+    cases.check(np.clip(boxes, 0, np.array([[width, height, width, height]])), case["out/test_boxes"][:, :4])
     cases.check(outputs["scores"][0], case["out/test_boxes"][:, 4])
     np.testing.assert_array_equal(outputs["classes"][0], case["out/test_labels"])
+    pasted = paste.paste_masks(outputs["masks"][0], boxes, height, width) >= 0.5
+    assert np.mean(pasted != case["out/test_masks"].astype(bool)) < 1e-4
 
 
 def predict_scaled(task, tree, image_in_its_scale):
