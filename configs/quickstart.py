@@ -2,8 +2,8 @@
 
     python -m aitok_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Arguments: `configs/quickstart.py:parallel` (depth alone, all tokens in one pass;
-objects need steps), `:smoke` (a few steps of everything, for tests).
+Arguments: `configs/quickstart.py:parallel` (depth alone, all tokens in one pass; objects need steps), `:smoke` (a few
+steps of everything, for tests).
 
 WORKDIR/metrics.json then holds depth/… and instances/… (soft decoding), depth_hard/… and instances_hard/… (the same
 weights, hard decoding), baseline/… (the mean depth map of the training set), tokenizer/… and mask_tokenizer/… (tokenize

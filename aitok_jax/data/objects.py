@@ -186,6 +186,7 @@ def fill_slots(
       boxes: float32[n,4] real boxes x1 y1 x2 y2 in pixels, inside the image.
       classes: int32[n].
       height, width: of the image, without padding; noise boxes stay inside.
+      order: of ORDERS.
     """
     real = rng.permutation(len(boxes))[:num_objects]
     if order == "left_to_right":

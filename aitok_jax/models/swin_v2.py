@@ -312,7 +312,7 @@ class SwinV2(nn.Module):
                 raise ValueError(f"num_heads[{s}]={heads} must divide the width of the stage, {self.embed_dim * 2**s}")
         if self.patch % 2 ** len(self.stem):
             raise ValueError(f"patch={self.patch} must be a multiple of 2^{len(self.stem)}, the stride of the stem")
-        if self.stem_blocks and not self.stem:
+        if self.stem_blocks < 0 or (self.stem_blocks and not self.stem):
             raise ValueError(f"stem_blocks={self.stem_blocks} come after a stem: give its widths, or stem_blocks=0")
         super().__post_init__()
 

@@ -63,6 +63,8 @@ def init(parts: Mapping[str, SolverPart], rng: jax.Array, batches: Mapping[str, 
 
 def _rescale(params: Tree, variance: float) -> Tree:
     """A copy whose linear layers keep `variance` of their input; 0 leaves the standard deviation of 0.02."""
+    if variance < 0:
+        raise ValueError(f"init_variance={variance} must be above 0, for example 0.5, or 0 for the published weights")
 
     def rescale(path, leaf):
         linear = path[-1].key == "kernel" and leaf.ndim == 2
