@@ -153,8 +153,9 @@ def test_stem_blocks_are_residual():
     ]
     np.testing.assert_allclose(maps[0], maps[1], atol=1e-6)
     assert np.abs(maps[2] - maps[1]).max() > 1e-3
-    with pytest.raises(ValueError, match="stem_blocks=2 come after a stem"):
-        TINY.clone(stem_blocks=2)
+    for wrong in ({"stem_blocks": 2}, {"stem": (6,), "stem_blocks": -1}):
+        with pytest.raises(ValueError, match=f"stem_blocks={wrong['stem_blocks']} come after a stem"):
+            TINY.clone(**wrong)
 
 
 def test_patch_merging_order():
