@@ -231,7 +231,7 @@ def test_fresh_linear_layers_keep_the_variance_asked_for(batch):
             linear, factor = linear + 1, (0.5 / before.shape[0]) ** 0.5 / 0.02
         np.testing.assert_allclose(after, before * factor, rtol=1e-5, err_msg=name)
     assert linear > 10
-    with pytest.raises(ValueError, match="init_variance=-1.0 must be above 0"):
+    with pytest.raises(ValueError, match=r"init_variance=-1\.0 must be above 0"):
         tasks.build(CONFIG | {"shared": {**wide, "init_variance": -1.0}}).init(jax.random.key(0), batch)
     kernel = fresh[1]["transformer"]["decoder"]["blocks_0"]["mlp"]["fc1"]["kernel"]
     assert np.std(kernel) == pytest.approx((0.5 / 16) ** 0.5, rel=0.15)
