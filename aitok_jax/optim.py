@@ -14,7 +14,7 @@ import optax
 from ml_collections import ConfigDict
 
 SCHEDULES = ("constant", "step", "linear", "exponential", "cosine")
-OPTIMIZERS = ("adam", "adamw")
+OPTIMIZERS = ("adam", "adamw", "muon")
 _NO_DECAY_LEAVES = ("logit_scale", "voc_embed", "task_embed", "dec_embed", "mask_embed")
 
 
@@ -98,10 +98,13 @@ def _decays(step: jax.Array, every: int, per_epoch: int) -> jax.Array:
 
 
 def make_optimizer(optim: ConfigDict, train_steps: int) -> optax.GradientTransformation:
-    """Clipping, Adam or AdamW (PyTorch's semantics), decay mask, layer decay and schedule, as one optax transformation.
+    """Clipping, Adam, AdamW (PyTorch's semantics) or Muon, decay mask, layer decay and schedule, in one transformation.
+
+    Muon is for kernels, with everything else in Adam's hands, at one learning rate. No published set-up has it; a small
+    solver from random weights learns in half of the steps.
 
     Args:
-      optim: `name` ('adam' | 'adamw'), `learning_rate`, `b1`, `b2`, `eps`, `weight_decay` (AdamW only, decoupled and
+      optim: `name` (of OPTIMIZERS), `learning_rate`, `b1`, `b2`, `eps`, `weight_decay` (not with 'adam'; decoupled and
         scaled with the parameter's learning rate), `layer_decay` (1 = off), `clip_norm` (0 = off), and what
         `make_schedule` takes.
       train_steps: length of the run in updates.
@@ -113,13 +116,16 @@ def make_optimizer(optim: ConfigDict, train_steps: int) -> optax.GradientTransfo
     if optim.name not in OPTIMIZERS:
         raise ValueError(f"optim.name={optim.name!r} is unknown; use one of {OPTIMIZERS}")
     if optim.name == "adam" and optim.weight_decay:
-        raise ValueError(f"optim.weight_decay={optim.weight_decay} needs optim.name='adamw'; with 'adam' set it to 0")
+        raise ValueError(f"optim.weight_decay={optim.weight_decay}: 'adam' has none; set it to 0, or use 'adamw'")
     if optim.clip_norm < 0 or not 0 < optim.layer_decay <= 1:
         raise ValueError(f"optim: clip_norm={optim.clip_norm} must be >= 0, layer_decay={optim.layer_decay} in (0, 1]")
     parts = []
     if optim.clip_norm:
         parts.append(clip_by_global_norm(optim.clip_norm))
-    parts.append(optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps))
+    scale = optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
+    if optim.name == "muon":
+        scale = optax.partition({"adam": scale, "muon": _scale_by_muon()}, _muon_labels)
+    parts.append(scale)
     if optim.weight_decay:
         parts.append(optax.add_decayed_weights(optim.weight_decay, mask=decay_mask))
     if optim.layer_decay < 1:
@@ -136,6 +142,63 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates)
 
     return optax.stateless(update)
+
+
+def _muon_labels(params: Mapping) -> Mapping:
+    """'muon' for the kernels of linear layers and convolutions, 'adam' for everything else."""
+
+    def label(keys, value):
+        matrix = value.ndim >= 2 and keys[-1].key == "kernel" and "rpe_mlp" not in _path(keys)
+        return "muon" if matrix else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _scale_by_muon() -> optax.GradientTransformation:
+    """Muon: the momentum's singular values all become about 1, scaled to Adam's usual size (arXiv 2502.16982).
+
+    A convolution's kernel is the matrix [height·width·in, out]. Matrices of one shape are orthogonalised together, as
+    one batch, and the wide way round, which is several times faster than one after the other.
+    """
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=lambda stacks: jax.tree.map(lambda _: axes, stacks))
+
+    def update(updates, state, params=None):
+        leaves, structure = jax.tree.flatten(updates)
+        matrices = [_wide(leaf) for leaf in leaves]
+        stacks, state = muon.update(_stack(matrices), state)
+        stacked = {name: iter(0.2 * math.sqrt(stack.shape[2]) * stack) for name, stack in stacks.items()}
+        new = [_like(next(stacked[_size(m)]), leaf) for m, leaf in zip(matrices, leaves, strict=True)]
+        return structure.unflatten(new), state
+
+    def init(params):
+        return muon.init(_stack([_wide(leaf) for leaf in jax.tree.leaves(params)]))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _wide(kernel: jax.Array) -> jax.Array:
+    """[..., in, out] as a matrix that is at least as wide as high."""
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _like(matrix: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The inverse of `_wide`."""
+    turned = kernel.size // kernel.shape[-1] > kernel.shape[-1]
+    return (matrix.T if turned else matrix).reshape(kernel.shape)
+
+
+def _stack(matrices: list[jax.Array]) -> dict[str, jax.Array]:
+    """By size, [number, rows, columns]."""
+    groups: dict[str, list] = {}
+    for matrix in matrices:
+        groups.setdefault(_size(matrix), []).append(matrix)
+    return {size: jnp.stack(group) for size, group in groups.items()}
+
+
+def _size(matrix: jax.Array) -> str:
+    return f"{matrix.shape[0]}x{matrix.shape[1]}"
 
 
 def _scale_by_layer(rate: float) -> optax.GradientTransformation:

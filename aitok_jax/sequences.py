@@ -61,11 +61,10 @@ def cell_tokens(
         tokens_BNL: of `object_tokens`.
         image_size: side of the padded input in pixels; side: of the grid in cells.
     Returns:
-        int32[B,M,5], its box and class tokens, M = side²; the noise label (and any box) where there is none; and
-        bool[B,M], where there is one.
+        int32[B,M,L], its tokens, M = side²; the noise label (and any box and mask) where there is none; and bool[B,M],
+        where there is one.
     """
-    tokens_BN5 = tokens_BNL[..., : CLASS_SLOT + 1]
-    boxes_BN4 = boxes_of(vocabulary, tokens_BN5[..., :CLASS_SLOT], image_size)
+    boxes_BN4 = boxes_of(vocabulary, tokens_BNL[..., :CLASS_SLOT], image_size)
     low_BN2, high_BN2 = boxes_BN4[..., :2], boxes_BN4[..., 2:]
     cell = image_size / side
     half_BN2 = jnp.maximum(high_BN2 - low_BN2, cell) / 2
@@ -76,6 +75,6 @@ def cell_tokens(
     area_BN1 = jnp.prod(high_BN2 - low_BN2, -1, keepdims=True)
     smallest_BM = jnp.argmin(jnp.where(holds_BNM, area_BN1, jnp.inf), axis=1)
     covered_BM = jnp.any(holds_BNM, axis=1)
-    tokens_BM5 = jnp.take_along_axis(tokens_BN5, smallest_BM[..., None], axis=1)
-    labels_BM = jnp.where(covered_BM, tokens_BM5[..., CLASS_SLOT], vocabulary.noise)
-    return tokens_BM5.at[..., CLASS_SLOT].set(labels_BM), covered_BM
+    tokens_BML = jnp.take_along_axis(tokens_BNL, smallest_BM[..., None], axis=1)
+    labels_BM = jnp.where(covered_BM, tokens_BML[..., CLASS_SLOT], vocabulary.noise)
+    return tokens_BML.at[..., CLASS_SLOT].set(labels_BM), covered_BM

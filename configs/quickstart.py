@@ -50,7 +50,7 @@ def data_fields(name: str, smoke: bool, **fields) -> dict:
         "expected_train": 0,
         "expected_test": 0,
         "render": {
-            "train": 96 if smoke else 6000,
+            "train": 96 if smoke else 9000,
             "test": 16 if smoke else 300,
             "height": SIZE,
             "width": SIZE,
@@ -89,8 +89,8 @@ def stage(name: str, task: dict, data: dict, batch_size: int | dict, steps: int,
         "checkpoint_every": 1000,
         "keep_checkpoints": 1,
         "optim": {
-            "name": "adamw",
-            "learning_rate": 1e-3,
+            "name": "adamw" if tokenizer else "muon",
+            "learning_rate": 1e-3 if tokenizer else 3e-3,
             "b1": 0.9,
             "b2": 0.999,
             "eps": 1e-8,
@@ -157,7 +157,9 @@ def instance_fields() -> dict:
         "image_size": SIZE,
         "num_objects": OBJECTS,
         "mask_size": CROP,
+        "class_weight": 4.0,
         "mask_weight": 1.0,
+        "aux_objects": 5,
         "memory_weight": 1.0,
         "tokenizer": MASK_TOKENIZER,
     }
@@ -165,7 +167,7 @@ def instance_fields() -> dict:
 
 def parallel_depth(smoke: bool) -> dict:
     task = {"name": "depth", **shared_fields(True), **depth_fields(True)}
-    solver = stage("depth", task, depth_data("solver", smoke), 32, 4000, smoke)
+    solver = stage("depth", task, depth_data("solver", smoke), 8, 5000, smoke)
     solver["start_from"] = {"model_state/depth_tokenizer": "{workdir}/tokenizer"}
     solver["eval_variants"] = {"depth_hard": HARD}
     solver["eval_baseline"] = True
@@ -173,11 +175,11 @@ def parallel_depth(smoke: bool) -> dict:
 
 
 def joint(smoke: bool) -> dict:
-    parts = {"depth": depth_fields(False), "instances": instance_fields()}
+    parts = {"depth": {**depth_fields(False), "loss_weight": 0.3}, "instances": instance_fields()}
     objects = {"size": SIZE, "num_objects": OBJECTS, "jitter": (1.0, 1.0), "order": "left_to_right"}
     data = {"depth": depth_data("solver", smoke), "instances": object_data("coco", smoke, **objects)}
     task = {"name": "joint", "shared": shared_fields(False), **parts}
-    solver = stage("joint", task, data, {"depth": 8, "instances": 8}, 9000, smoke)
+    solver = stage("joint", task, data, {"depth": 2, "instances": 8}, 4500, smoke)
     solver["start_from"] = {
         "model_state/depth_tokenizer": "{workdir}/tokenizer",
         "model_state/mask_tokenizer": "{workdir}/mask_tokenizer",
@@ -190,7 +192,7 @@ def joint(smoke: bool) -> dict:
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, parallel=False, smoke=False)
     task = {"name": "depth_tokenizer", "image_size": SIZE, "mask_ratio": 0.0, "tokenizer": DEPTH_TOKENIZER}
-    stages = {"tokenizer": stage("tokenizer", task, depth_data("tokenizer", arg.smoke), 32, 1500, arg.smoke)}
+    stages = {"tokenizer": stage("tokenizer", task, depth_data("tokenizer", arg.smoke), 16, 1500, arg.smoke)}
     if arg.parallel:
         stages["depth"] = parallel_depth(arg.smoke)
     else:

@@ -142,7 +142,7 @@ def test_weights_of_the_loss(state, logits, prepared):
 
 
 def test_memory_loss_teaches_the_encoder_and_leaves_prediction_alone(state, batch, trained):
-    """Cross-entropy of boxes where there are objects and of classes everywhere, in NumPy from the memory itself."""
+    """Cross-entropy of boxes and masks where objects are and of classes everywhere, in NumPy from the memory itself."""
     task = tasks.build({**tiny.CONFIG, "memory_weight": 0.5, "loss_weight": 2.0})
     params, _ = tiny.random_state(task, batch)
     params = state[0] | {"instances_memory_head": params["instances_memory_head"]}
@@ -154,14 +154,15 @@ def test_memory_loss_teaches_the_encoder_and_leaves_prediction_alone(state, batc
         {"params": state[0]}, prepared.images, method=lambda solver, x: solver.transformer.encode(solver.features(x))
     )
     head = jax.tree.map(np.asarray, params["instances_memory_head"])
-    x = (np.asarray(memory) @ head["kernel"] + head["bias"]).reshape(4, 9, 5, -1)
+    x = (np.asarray(memory) @ head["kernel"] + head["bias"]).reshape(4, 9, 5 + task.mask_tokens, -1)
     logits = task.solver.transformer.apply({"params": state[0]["transformer"]}, x, method="logits")
     targets, counted, _ = prepared.targets
     tokens, covered = sequences.cell_tokens(VOCAB, targets, counted[..., 0], tiny.SIZE, 3)
-    logp = jax.nn.log_softmax(logits[..., : VOCAB.noise + 1])
+    logp = jax.nn.log_softmax(logits[..., : VOCAB.mask_codes.stop])
     ce = -np.take_along_axis(np.asarray(logp), np.asarray(tokens)[..., None], -1)[..., 0]
     assert 0 < covered.sum() < covered.size
-    expected = ce[np.asarray(covered)][:, :4].mean() + ce[..., 4].mean()
+    there = ce[np.asarray(covered)]
+    expected = there[:, :4].mean() + ce[..., 4].mean() + there[:, 5:].mean()
     np.testing.assert_allclose(metrics["memory_loss"], expected, rtol=1e-4)
 
     np.testing.assert_allclose(loss, 2 * (trained[0][0] + 0.5 * expected), rtol=1e-4)

@@ -79,7 +79,7 @@ def test_exponential_counts_the_start_of_epochs_only_where_asked():
         ({"schedule": {"name": "exponential", "every": 0}}, "every=0"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"name": "sgd"}, "'sgd' is unknown"),
-        ({"name": "adam"}, "needs optim.name='adamw'"),
+        ({"name": "adam"}, "use 'adamw'"),
         ({"layer_decay": 1.5}, "layer_decay=1.5"),
         ({"clip_norm": -1.0}, "clip_norm=-1.0"),
     ],
@@ -152,3 +152,52 @@ def test_decay_mask():
     assert mask["backbone"]["patch_embed"]["proj"] == {"kernel": True, "bias": False}
     assert not mask["backbone"]["norm"]["scale"]
     assert not mask["transformer"]["voc_embed"]
+
+
+def _kernels():
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape)
+
+    dense = {"kernel": normal(6, 20), "bias": normal(20)}
+    tall, same = {"kernel": normal(20, 6)}, {"kernel": normal(6, 20)}
+    position = {"rpe_mlp_0": {"kernel": normal(2, 8)}}
+    return {"a": dense, "b": tall, "c": same, "conv": {"kernel": normal(3, 3, 2, 4)}, "d": position}
+
+
+def test_muon_is_that_of_optax_one_matrix_after_the_other():
+    """Stacked and turned matrices get what `optax.contrib.muon` gives each alone; the rest gets what Adam gives."""
+    params, config = _kernels(), _config(name="muon", weight_decay=0.0)
+    axes = optax.contrib.MuonDimensionNumbers
+    numbers = jax.tree.map(lambda x: None, params)
+    for name in ("a", "b", "c"):
+        numbers[name]["kernel"] = axes(0, 1)
+    numbers["conv"]["kernel"] = axes((0, 1, 2), 3)
+    theirs = optax.contrib.muon(1e-2, consistent_rms=0.2, muon_weight_dimension_numbers=numbers)
+    adam = optim.make_optimizer(_config(name="adam", weight_decay=0.0), 10)
+    transforms = [optim.make_optimizer(config, 10), theirs, adam]
+    states = [transform.init(params) for transform in transforms]
+    for step in range(3):
+        grads = jax.tree.map(lambda x: x * (step + 1.0) + jnp.roll(x, step), params)
+        results = [jax.jit(t.update)(grads, s, params) for t, s in zip(transforms, states, strict=True)]
+        (ours, by_optax, by_adam), states = zip(*results, strict=True)
+        for name in ("a", "b", "c", "conv"):
+            np.testing.assert_allclose(ours[name]["kernel"], by_optax[name]["kernel"], rtol=1e-3, atol=1e-6)
+        np.testing.assert_array_equal(ours["a"]["bias"], by_adam["a"]["bias"])
+        kernel = ours["d"]["rpe_mlp_0"]["kernel"]
+        np.testing.assert_array_equal(kernel, by_adam["d"]["rpe_mlp_0"]["kernel"])
+    assert not np.allclose(ours["a"]["kernel"], by_adam["a"]["kernel"], rtol=0.1)
+
+
+def test_muon_evens_out_the_singular_values_and_decays():
+    params = {"layer": {"kernel": jnp.diag(jnp.array([10.0, 1.0, 0.1, 0.03])) @ jnp.ones((4, 9)) + jnp.eye(4, 9)}}
+    update = {}
+    for decay in (0.0, 0.5):
+        optimizer = optim.make_optimizer(_config(name="muon", learning_rate=1.0, weight_decay=decay), 10)
+        update[decay], _ = optimizer.update(params, optimizer.init(params), params)
+    values = np.linalg.svd(update[0.0]["layer"]["kernel"], compute_uv=False) / (0.2 * 3)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    difference = update[0.0]["layer"]["kernel"] - update[0.5]["layer"]["kernel"]
+    np.testing.assert_allclose(difference, 0.5 * params["layer"]["kernel"], rtol=1e-4, atol=1e-5)

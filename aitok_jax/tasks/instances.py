@@ -44,7 +44,7 @@ class InstancesTask:
         aux_weight: weight of dice + mse of the softly detokenized masks; 0 turns it off.
         aux_objects: the auxiliary loss looks at the first so many objects of an image.
         loss_weight: of the whole loss.
-        memory_weight: weight of the cross-entropy of box and class tokens read off every vector of the encoder's memory
+        memory_weight: weight of the cross-entropy of an object's tokens read off every vector of the encoder's memory
             by a linear layer, for the object there (`sequences.cell_tokens`); 0 as published. As `DepthTask`'s, it
             teaches a backbone with random weights to see; prediction does not use it.
         init_variance: as `DepthTask`'s.
@@ -134,23 +134,27 @@ class InstancesTask:
 
     @property
     def _memory_head(self) -> nn.Dense:
-        return nn.Dense((sequences.CLASS_SLOT + 1) * self.solver.transformer.dim)
+        return nn.Dense((sequences.CLASS_SLOT + 1 + self.mask_tokens) * self.solver.transformer.dim)
 
     def _memory_loss(
         self, params: Tree, memory_BMD: jax.Array, targets_BNL: jax.Array, real_BN: jax.Array
     ) -> jax.Array:
-        """Mean cross-entropy of the boxes where there is an object, plus that of the classes everywhere."""
+        """Mean cross-entropy of boxes and of masks where there is an object, plus that of the classes everywhere."""
         vocabulary, slot = self.vocabulary, sequences.CLASS_SLOT
         side = self.image_size // self.solver.backbone.stride
-        tokens_BM5, covered_BM = sequences.cell_tokens(vocabulary, targets_BNL, real_BN, self.image_size, side)
+        tokens_BML, covered_BM = sequences.cell_tokens(vocabulary, targets_BNL, real_BN, self.image_size, side)
         x_BMD = self._memory_head.apply({"params": params["instances_memory_head"]}, memory_BMD)
-        window = slice(vocabulary.coordinates.start, vocabulary.noise + 1)
-        logits_BM5V = self.solver.transformer.apply(
-            {"params": params["transformer"]}, x_BMD.reshape(*tokens_BM5.shape, -1), window, method="logits"
+        window = slice(vocabulary.coordinates.start, vocabulary.mask_codes.stop)
+        logits_BMLV = self.solver.transformer.apply(
+            {"params": params["transformer"]}, x_BMD.reshape(*tokens_BML.shape, -1), window, method="logits"
         )
-        ce_BM5 = optax.softmax_cross_entropy_with_integer_labels(logits_BM5V, tokens_BM5)
-        boxes = jnp.sum(jnp.where(covered_BM, jnp.mean(ce_BM5[..., :slot], -1), 0.0))
-        return boxes / jnp.maximum(jnp.sum(covered_BM), 1) + jnp.mean(ce_BM5[..., slot])
+        ce_BML = optax.softmax_cross_entropy_with_integer_labels(logits_BMLV, tokens_BML)
+
+        def covered_mean(ce_BMn):
+            summed = jnp.sum(jnp.where(covered_BM[..., None], ce_BMn, 0.0))
+            return summed / jnp.maximum(jnp.sum(covered_BM) * ce_BMn.shape[-1], 1)
+
+        return covered_mean(ce_BML[..., :slot]) + jnp.mean(ce_BML[..., slot]) + covered_mean(ce_BML[..., slot + 1 :])
 
     def token_loss(
         self,
