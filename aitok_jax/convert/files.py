@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import mmap
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -41,6 +41,10 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>|]?(?:f[248]|[iu][1248]|b1))', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,15},? ?)*)\),? ?\} *\n?"
+)
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, OverflowError, RuntimeError, EOFError, OSError)
 
 
@@ -109,20 +113,19 @@ def _read_zip(data: memoryview) -> dict[str, np.ndarray]:
 
 
 def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
-    data = io.BytesIO(archive.read(entry))
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        version = np.lib.format.read_magic(data)
-        if version not in readers:
-            raise WeightFileError(f"{entry.filename!r} is of .npy version {version}; those of plain numbers are 1 or 2")
-        shape, fortran, dtype = readers[version](data)
-    except (RecursionError, MemoryError) as error:  # a header of thousands of brackets
-        raise WeightFileError(f"{entry.filename!r} has no proper .npy header") from error
-    values = data.getbuffer()[data.tell() :]
-    if dtype.kind not in "fiub":
-        raise WeightFileError(f"{entry.filename!r} is of dtype {dtype}, which is no number")
-    _check_size(entry.filename, shape, dtype, len(values))
-    return np.frombuffer(values, dtype).reshape(shape, order="F" if fortran else "C")
+    data = memoryview(archive.read(entry))
+    version = bytes(data[:8])
+    width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}.get(version)
+    if width is None:
+        raise WeightFileError(f"{entry.filename!r} starts with {version!r}, not as .npy of version 1 or 2")
+    start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    header = _NPY_HEADER.fullmatch(bytes(data[8 + width : start]))
+    if not header:
+        raise WeightFileError(f"{entry.filename!r} holds no plain numbers: {bytes(data[8 + width : start])!r:.200}")
+    dtype, fortran, shape = (part.decode() for part in header.groups())
+    shape = tuple(int(n) for n in shape.split(",") if n.strip())
+    _check_size(entry.filename, shape, np.dtype(dtype), len(data) - min(start, len(data)))
+    return np.frombuffer(data[start:], dtype).reshape(shape, order="F" if fortran == "True" else "C")
 
 
 def _check_size(name: str, shape: Any, dtype: np.dtype, size: int) -> None:
@@ -143,7 +146,7 @@ def _read_safetensors(data: memoryview) -> dict[str, np.ndarray]:
         raise WeightFileError(f"damaged: its header is not JSON: {error}") from error
     header.pop("__metadata__", None)
     arrays = {name: _read_entry(data[8 + length :], name, entry) for name, entry in header.items()}
-    if not arrays or sum(array.nbytes for array in arrays.values()) > len(data):
+    if not arrays or sum(array.nbytes for array in arrays.values()) > len(data) - 8 - length:
         raise WeightFileError("holds no arrays, or arrays that overlap")
     return {name: np.require(array, requirements="A") for name, array in arrays.items()}
 
@@ -201,9 +204,7 @@ def _write_torch(path: Path, arrays: Mapping[str, np.ndarray], wrapper: str) -> 
     try:
         import torch
     except ImportError as error:
-        raise ValueError(
-            f"{path.suffix} needs torch (pip install torch); or write .safetensors, which does not"
-        ) from error
+        raise ValueError(".pt and .pth need torch (pip install torch); write .safetensors instead") from error
 
     def tensor(array: np.ndarray):
         array = np.array(array, order="C")
