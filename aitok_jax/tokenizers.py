@@ -101,7 +101,7 @@ class _Tokenizer:
         single = maps.ndim == 2
         batch = maps[None] if single else maps
         codes = _compiled(self.model, "encode")(self._variables, batch[..., None].astype(np.float32))
-        ids = np.array(codes).reshape(len(batch), -1)
+        ids = np.array(codes).reshape(len(batch), math.prod(codes.shape[1:]))
         return ids[0] if single else ids
 
     def decode(self, ids: np.ndarray, grid: tuple[int, int] | None = None) -> np.ndarray:

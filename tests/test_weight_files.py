@@ -262,6 +262,12 @@ def test_safetensors_that_do_not_fit(data, message, write):
         read_weights(write(data, "weights.safetensors"))
 
 
+@pytest.mark.parametrize("length", [0x80, 0x4B50])  # as a pickle and as a zip file begin
+def test_safetensors_are_known_whatever_their_length(length, write):
+    header = json.dumps(entry()).encode().ljust(length)
+    assert read_weights(write(safetensors(header, bytes(12)))).keys() == {"w"}
+
+
 def npz(header: str, data: bytes = bytes(12), **options) -> bytes:
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", **options) as archive:

@@ -75,6 +75,8 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 
 def _read(data: memoryview) -> dict[str, np.ndarray]:
     head = bytes(data[:9])
+    if head[8:] == b"{":  # before the others: the length in front of it may look like them
+        return _read_safetensors(data)
     if head[:2] == b"PK":
         try:
             return _read_zip(data)
@@ -84,8 +86,6 @@ def _read(data: memoryview) -> dict[str, np.ndarray]:
             raise WeightFileError(f"damaged or cut off: {error}") from error
     if head[:1] == b"\x80":
         return _arrays(torch_file.read_legacy(data))
-    if head[8:9] == b"{":
-        return _read_safetensors(data)
     raise WeightFileError(f"starts with {head!r}: neither a .pt or .pth of torch.save, nor .safetensors, nor .npz")
 
 
