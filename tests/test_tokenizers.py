@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 import aitok_jax
 from aitok_jax import checkpoint, tasks
 from aitok_jax.convert import published
-from aitok_jax.convert.files import write_weights
+from aitok_jax.convert.files import read_weights, write_weights
 from aitok_jax.tokenizers import DepthTokenizer, MaskTokenizer, parse_text, write_text
 
 VAE = {"hidden": 4, "num_res_blocks": 1, "num_codes": 8, "code_dim": 6}
@@ -178,7 +178,7 @@ def test_other_runs_and_files_are_refused(places, tmp_path):
     write_weights(tmp_path / "other.safetensors", {"w": np.ones(3, np.float32)})
     with pytest.raises(ValueError, match="no VQ-VAE under the published names"):
         DepthTokenizer.load(tmp_path / "other.safetensors")
-    weights = published.state_dict(variables_of(CONFIGS["depth"]), config_of(CONFIGS["depth"]))
+    weights = read_weights(places / "depth.safetensors")
     del weights["decoder.0.bias"]
     write_weights(tmp_path / "lacks.safetensors", weights)
     with pytest.raises(ValueError, match=r"lacks decoder\.0\.bias"):
@@ -186,7 +186,7 @@ def test_other_runs_and_files_are_refused(places, tmp_path):
 
 
 def test_prefixes_and_missing_averages(places, tmp_path):
-    weights = published.state_dict(variables_of(CONFIGS["depth"]), config_of(CONFIGS["depth"]))
+    weights = read_weights(places / "depth.safetensors")
     del weights["_vq_vae._ema_w"], weights["_vq_vae._ema_cluster_size"]
     write_weights(tmp_path / "w.safetensors", {f"module.{name}": array for name, array in weights.items()})
     maps = maps_of("depth")

@@ -99,7 +99,7 @@ def _locate_leaf(name: str) -> tuple[str, ...]:
             return ("model_state", "codebook", "quantizer", ours)
     name = re.sub(r"\.(\d+)(?=\.)", r"_\1", re.sub(r"^(encoder|decoder)\.(\d+)\.", r"\1.layers.\2.", name))
     *modules, leaf = name.split(".")
-    if leaf == "weight":
+    if leaf == "weight" and modules:
         leaf = "scale" if _is_norm(modules[-1]) else "kernel"
     return ("params", *modules, _RENAMED.get(leaf, leaf))
 
