@@ -7,6 +7,8 @@ import struct
 import zipfile
 from collections.abc import Mapping
 
+import numpy as np
+
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
 
@@ -30,18 +32,36 @@ def legacy_file(program: bytes, storages: Mapping[str, tuple[int, bytes]] | None
     return head + program + keys + b"".join(struct.pack("<q", n) + data for n, data in storages.values())
 
 
-def tensor_program(
+def value(v: object) -> bytes:
+    """The instructions that put a plain value on the stack."""
+    return pickle.dumps(v, 2)[2:-1]  # without PROTO and STOP
+
+
+def tensor(
     size: tuple, stride: tuple, *, numel: int, offset: int = 0, storage: str = "FloatStorage", key: str = "0"
 ) -> bytes:
-    """The pickle of {"w": tensor}, written out by hand."""
-
-    def value(v):
-        return pickle.dumps(v, 2)[2:-1]  # without PROTO and STOP
-
+    """The instructions that put a tensor on the stack."""
     reference = b"(" + value("storage") + f"ctorch\n{storage}\n".encode() + value(key) + value("cpu") + value(numel)
     arguments = b"(" + reference + b"tQ" + value(offset) + value(size) + value(stride)
-    call = b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"\x89ccollections\nOrderedDict\n)RtR"
-    return b"\x80\x02}" + value("w") + call + b"s."
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"\x89ccollections\nOrderedDict\n)RtR"
+
+
+def tensor_program(size: tuple, stride: tuple, **options) -> bytes:
+    """The pickle of {"w": tensor}."""
+    return b"\x80\x02}" + value("w") + tensor(size, stride, **options) + b"s."
+
+
+def torch_save(arrays: Mapping[str, np.ndarray], wrapper: str, legacy: bool = False) -> bytes:
+    """{wrapper: float32 arrays} as a file of either format."""
+    program, storages = b"\x80\x02}" + value(wrapper) + b"}", {}
+    for i, (name, array) in enumerate(arrays.items()):
+        array = np.ascontiguousarray(array, np.float32)
+        stride = tuple(step // 4 for step in array.strides)
+        program += value(name) + tensor(array.shape, stride, numel=array.size, key=str(i)) + b"s"
+        storages[str(i)] = (array.size, array.tobytes())
+    if legacy:
+        return legacy_file(program + b"s.", storages)
+    return zip_file(program + b"s.", {key: data for key, (_, data) in storages.items()})
 
 
 def mutate(rng: random.Random, data: bytes) -> bytes:

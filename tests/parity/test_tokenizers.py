@@ -4,18 +4,24 @@ import cases
 import jax
 import numpy as np
 import pytest
+from torch_files import torch_save
 
 from aitok_jax import DepthTokenizer, MaskTokenizer
-from aitok_jax.convert.files import write_weights
 
 PALIGEMMA = cases.directory() / "paligemma"
 
 
+def load(name: str, folder, legacy: bool = False):
+    """From a file such as MolmoAct's and Aurora's vae-final.pt: {"weights": …}, names with the prefix 'module.'."""
+    case = cases.load(name)
+    weights = {f"module.{key}": array for key, array in case.state_dict().items()}
+    (folder / "vae-final.pt").write_bytes(torch_save(weights, "weights", legacy))
+    return case, (MaskTokenizer if case.hp["use_norm"] else DepthTokenizer).load(folder / "vae-final.pt")
+
+
 @cases.find("vqvae_*")
 def test_published_tokenizers(name, tmp_path):
-    case = cases.load(name)
-    write_weights(tmp_path / "vae-final.safetensors", {f"module.{k}": v for k, v in case.state_dict().items()})
-    tokenizer = (MaskTokenizer if case.hp["use_norm"] else DepthTokenizer).load(tmp_path / "vae-final.safetensors")
+    case, tokenizer = load(name, tmp_path)
     ids = tokenizer.encode(case["in/img"][:, 0])
     np.testing.assert_array_equal(ids, case["out/ait_encode"])
     cases.check(tokenizer.decode(ids), case["out/ait_decode"])
@@ -23,6 +29,14 @@ def test_published_tokenizers(name, tmp_path):
     for key in case.keys("out/decode_soft_tau"):
         probabilities = jax.nn.softmax(float(key.removeprefix("out/decode_soft_tau")) * logits)
         cases.check(tokenizer.decode_soft(probabilities), case[key])
+
+
+@cases.find("vqvae_depth*")
+def test_depth_maps_of_320_pixels_have_a_hundred_tokens(name, tmp_path):
+    _, tokenizer = load(name, tmp_path, legacy=True)
+    ids = tokenizer.encode(np.ones((320, 320), np.float32))
+    assert ids.shape == (100,)
+    assert tokenizer.decode(ids).shape == (320, 320)
 
 
 @pytest.mark.skipif(not PALIGEMMA.is_dir(), reason=f"no {PALIGEMMA}")
