@@ -215,10 +215,10 @@ SEGS = "".join(f"<seg{i:03d}>" for i in IDS)
 
 
 def test_text_form():
-    text = write_text([20, 10, 60, 40], IDS, height=50, width=100, label="cat")
-    assert text == f"<loc0205><loc0205><loc0818><loc0614>{SEGS} cat"
+    text = write_text([30, 10, 60, 40], IDS, height=50, width=100, label="cat")
+    assert text == f"<loc0205><loc0307><loc0818><loc0614>{SEGS} cat"
     (parsed,) = parse_text(text, height=50, width=100)
-    np.testing.assert_allclose(parsed["box"], [20, 10, 60, 40], atol=100 / 1023)
+    np.testing.assert_allclose(parsed["box"], [30, 10, 60, 40], atol=100 / 1023)
     np.testing.assert_array_equal(parsed["ids"], IDS)
     assert parsed["label"] == "cat"
     assert write_text(parsed["box"], parsed["ids"], 50, 100, parsed["label"]) == text

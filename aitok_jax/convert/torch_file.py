@@ -38,10 +38,7 @@ def read_zip(data: memoryview, archive: zipfile.ZipFile) -> Any:
 
         return Storage(dtype, numel, load)
 
-    program = _record(data, archive, pickles[0])
-    if len(program) > MAX_PICKLE:
-        raise WeightFileError(f"{pickles[0]} has {len(program)} bytes, more than {MAX_PICKLE}")
-    return run(Reader(program), storage)
+    return run(Reader(_record(data, archive, pickles[0])), storage)
 
 
 def _record(data: memoryview, archive: zipfile.ZipFile, name: str) -> memoryview:
