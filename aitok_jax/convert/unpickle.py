@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-MAX_PICKLE = 2**24  # bytes of a pickle's instructions; those of ten thousand tensors take 3 MB
+MAX_PICKLE = 2**22  # bytes of a pickle's instructions; those of ten thousand tensors take 3 MB
 MAX_DIMS = 32
 STORAGES = {
     "torch.DoubleStorage": np.dtype(np.float64),
