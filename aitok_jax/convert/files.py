@@ -20,8 +20,6 @@ import numpy as np
 from aitok_jax.convert import torch_file
 from aitok_jax.convert.unpickle import MAX_DIMS, Tensor, WeightFileError
 
-__all__ = ["WeightFileError", "read_weights", "write_weights"]
-
 WRAPPERS = ("weights", "state_dict", "model")
 MAX_HEADER = 25_000_000  # bytes of a .safetensors header
 MAX_UNPACKED = 2**30  # bytes of an .npz that unpacks to more than 20 times its size
