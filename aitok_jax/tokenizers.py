@@ -156,6 +156,7 @@ class _Tokenizer:
             grid = shape[1:]
         elif grid is None:
             grid = (math.isqrt(shape[1]),) * 2
+        grid = tuple(grid)
         if len(grid) != 2 or grid[0] * grid[1] != math.prod(shape[1:]):
             raise ValueError(f"{shape[1]} tokens a map do not fill a grid of {grid}; give grid=(rows, columns)")
         self._check_grid(grid)

@@ -121,7 +121,7 @@ def test_depth_of_any_size(places):
     maps = np.random.default_rng(0).uniform(0, 10, (2, 12, 20)).astype(np.float64)
     ids = tokenizer.encode(maps)
     assert tokenizer.grid(12, 20) == (3, 5)
-    assert tokenizer.decode(ids, grid=(3, 5)).shape == maps.shape
+    assert tokenizer.decode(ids, grid=[3, 5]).shape == maps.shape
     assert tokenizer.decode(ids.reshape(2, 3, 5)).shape == maps.shape
     with pytest.raises(ValueError, match=r"15 tokens a map do not fill a grid of \(3, 3\)"):
         tokenizer.decode(ids)
