@@ -26,6 +26,7 @@ setup(
         "ml-collections>=1.1.0",
         "absl-py>=2.1",
         "numpy>=2.0",
+        "ml_dtypes>=0.5",
         "scipy>=1.14",
         "pycocotools>=2.0.11",
         "tensorflow-cpu>=2.21",

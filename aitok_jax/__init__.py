@@ -1,11 +1,14 @@
 """aitok_jax: depth maps and instance masks as tokens, predicted by one soft-token solver (arXiv 2301.02229)."""
 
+import importlib
+
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
-    if name == "Predictor":
-        from aitok_jax.predict import Predictor
+_MODULES = {"Predictor": "predict", "DepthTokenizer": "tokenizers", "MaskTokenizer": "tokenizers"}
 
-        return Predictor
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"aitok_jax.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'aitok_jax' has no attribute {name!r}")

@@ -5,10 +5,12 @@ import difflib
 import graphlib
 import json
 import re
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
 
@@ -67,6 +69,21 @@ def unknown_flag(argv: Iterable[str], config: ConfigDict) -> str:
             near = difflib.get_close_matches(key[1], leaves, n=1, cutoff=0.0)
             return f"--config.{key[1]} is unknown; did you mean --config.{near[0]}?"
     return ""
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """The positional arguments; a wrong flag, or a wrong configuration in --config, ends the program with one line."""
+    try:
+        args = flags.FLAGS(argv)
+        if flags.FLAGS["config"].value is not None:
+            len(flags.FLAGS.config.keys())  # an unreadable file is an error only here
+    except (AttributeError, KeyError) as error:  # an override of a key that is not there
+        path = re.search(r" --?config[= ](\S+)", " ".join(argv))[1]
+        sys.exit(f"error: {unknown_flag(argv, flags.FLAGS['config'].parser.parse(path)) or error}")
+    except (TypeError, ValueError, OSError, flags.Error) as error:
+        lines = str(error).strip().splitlines()
+        sys.exit(f"error: {lines[-1] if 'Traceback' in str(error) else ' '.join(lines)}")
+    return args
 
 
 def build_dataclass(cls: type, config: Mapping) -> Any:

@@ -9,7 +9,6 @@ The same command goes on from the latest checkpoint in DIR; `--mode=eval` evalua
 
 import json
 import logging
-import re
 import sys
 from pathlib import Path
 
@@ -47,18 +46,9 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "train") -> dict[st
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """The positional arguments; a wrong flag or configuration ends the program with one line."""
-    try:
-        args = flags.FLAGS(argv)
-        if None in (flags.FLAGS["config"].value, flags.FLAGS.workdir):
-            raise ValueError("--config=configs/X.py and --workdir=DIR must be given")
-        len(flags.FLAGS.config.keys())  # an unreadable file is an error only here
-    except (AttributeError, KeyError) as error:  # an override of a key that is not there
-        path = re.search(r" --?config[= ](\S+)", " ".join(argv))[1]
-        sys.exit(f"error: {config_utils.unknown_flag(argv, flags.FLAGS['config'].parser.parse(path)) or error}")
-    except (TypeError, ValueError, OSError, flags.Error) as error:
-        lines = str(error).strip().splitlines()
-        sys.exit(f"error: {lines[-1] if 'Traceback' in str(error) else ' '.join(lines)}")
+    args = config_utils.parse_flags(argv)
+    if None in (flags.FLAGS["config"].value, flags.FLAGS.workdir):
+        sys.exit("error: --config=configs/X.py and --workdir=DIR must be given")
     return args
 
 

@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (  # from the top; the modules of one line may import each other
     ("configs", "experiments"),
     ("main",),
-    ("train", "predict", "export"),
+    ("train", "predict", "export", "tokenizers"),
     ("prepare",),
-    ("evaluators",),
+    ("evaluators", "convert"),
     ("tasks", "data"),
-    ("models", "checkpoint", "sharding", "optim", "run_dir", "visualize", "convert"),
+    ("models", "checkpoint", "sharding", "optim", "run_dir", "visualize"),
     ("train_state",),
     ("losses", "metrics", "geometry", "paste", "sequences", "vocab", "config_utils"),
 )
@@ -26,8 +26,10 @@ APART = {  # besides the layers: who must not know whom
     "predict": {"data", "train", "evaluators"},
     "train": {"models", "losses"},
     "prepare": {"models", "losses", "evaluators"},
-    "evaluators": {"models"},
-    "models": {"checkpoint", "sharding", "optim", "run_dir", "visualize", "convert"},
+    "evaluators": {"models", "convert"},
+    "convert": {"data", "evaluators"},
+    "tokenizers": {"data", "train", "evaluators", "predict"},
+    "models": {"checkpoint", "sharding", "optim", "run_dir", "visualize"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorflow_io", "clu"}  # clu's metric writers import TensorFlow
 MAY_IMPORT_TENSORFLOW = {"data", "evaluators", "run_dir"}
@@ -116,7 +118,8 @@ def test_tensorflow_is_found():
 
 def test_the_package_does_not_load_tensorflow():
     code = (
-        "import sys, aitok_jax, aitok_jax.predict, aitok_jax.train, aitok_jax.data.nyu, aitok_jax.evaluators\n"
+        "import sys, aitok_jax, aitok_jax.predict, aitok_jax.train, aitok_jax.data.nyu, aitok_jax.evaluators, "
+        "aitok_jax.tokenizers, aitok_jax.convert.__main__\n"
         "sys.exit(' '.join(name for name in ('tensorflow', 'torch') if name in sys.modules) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -1,14 +1,15 @@
 """The published parameter names and layouts, and ours.
 
 Ours are '/'-joined paths into {'params': …, 'model_state': …}; only the layouts of a few leaves differ (`to_layout`).
-Tables that follow from the configuration (relative positions, sine positions, class weights) and the copies of the
-transformer under the task heads have no counterpart.
+`locate` and `to_layout` lead from theirs to ours, `publish` and `from_layout` back. Tables that follow from the
+configuration (relative positions, sine positions, class weights) and the copies of the transformer under the task heads
+have no counterpart; `derived` makes them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -18,7 +19,12 @@ _DERIVED = re.compile(
 _TOKENIZER = re.compile(r"^(depth|insseg)_head\.vqvae\.")
 _TOKENIZER_NAMES = {"depth": "depth_tokenizer", "insseg": "mask_tokenizer"}
 _RENAMED = {"det_embed": "task_embed"}
-_NORM = re.compile(r"norm\d*$|_ln$")
+_NORM = re.compile(r"norm(_?\d+)?$|_ln$")
+_BACKBONE = re.compile(
+    r"^(?:backbone\.|encoder\.)?(?=(?:patch_embed|layers|norm\d*|mask_token|absolute_pos_embed)(\.|$))"
+)
+_NUMBERED = re.compile(r"^(layers|blocks|net|rpe_mlp)_(\d+)$")
+_BUFFERS = {"embedding": "_embedding", "cluster_size": "_ema_cluster_size", "ema_w": "_ema_w"}
 
 
 def locate(name: str) -> tuple[str, ...] | None:
@@ -43,14 +49,57 @@ def to_ours(name: str) -> str:
     return "/".join(path)
 
 
+def publish(path: tuple[str, ...]) -> str:
+    """Our path -> the published name, the inverse of `locate`.
+
+    >>> publish(("params", "backbone", "layers_0", "blocks_1", "attn", "qkv", "kernel"))
+    'backbone.layers.0.blocks.1.attn.qkv.weight'
+
+    Raises:
+      ValueError: the published modules have no such part.
+    """
+    root, *rest = path
+    for head, tokenizer in _TOKENIZER_NAMES.items():
+        if root == "model_state" and rest[0] == tokenizer:
+            return f"{head}_head.vqvae.{publish(tuple(rest[1:]))}"
+    if root == "model_state" and rest[:2] == ["codebook", "quantizer"]:
+        return f"_vq_vae.{_BUFFERS[rest[2]]}"
+    if root != "params" or rest[0] == "quantizer":
+        raise ValueError(f"{'/'.join(path)} has no published name: batch norm and learned codebooks were not published")
+    *modules, leaf = (_NUMBERED.sub(r"\1.\2", part) for part in rest)
+    if modules[0] in ("encoder", "decoder"):
+        modules[1] = modules[1].removeprefix("layers.")
+    renamed = {ours: theirs for theirs, ours in _RENAMED.items()} | {"kernel": "weight", "scale": "weight"}
+    return ".".join((*modules, renamed.get(leaf, leaf)))
+
+
+def canonical(names: Iterable[str]) -> dict[str, str]:
+    """Name in a file -> published name: without 'module.', and with 'backbone.' before the parts of a Swin-V2 alone.
+
+    Pretraining (SimMIM) writes those under 'encoder.' or without a prefix, and calls the last LayerNorm 'norm'.
+
+    >>> canonical(["module.encoder.layers.3.blocks.1.norm1.bias", "module.encoder.norm.bias"])
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'module.encoder.layers.3.blocks.1.norm1.bias': 'backbone.layers.3.blocks.1.norm1.bias',
+     'module.encoder.norm.bias': 'backbone.norm3.bias'}
+    """
+    plain = {name: _BACKBONE.sub("backbone.", name.removeprefix("module.")) for name in names}
+    stages = [int(match[1]) for name in plain.values() if (match := re.match(r"backbone\.layers\.(\d+)\.", name))]
+    last = f"backbone.norm{max(stages, default=0)}."
+    if any(published.startswith(last) for published in plain.values()):
+        return plain
+    return {name: re.sub(r"^backbone\.norm\.", last, published) for name, published in plain.items()}
+
+
 def _locate_leaf(name: str) -> tuple[str, ...]:
     if ".running_" in name or name.endswith("num_batches_tracked") or name == "_vq_vae._embedding.weight":
         raise ValueError(f"{name}: no published weights have batch norm or a learned codebook, so they are not read")
-    if match := re.match(r"_vq_vae\._(embedding|ema_cluster_size|ema_w)$", name):
-        return ("model_state", "codebook", "quantizer", match[1].replace("ema_cluster_size", "cluster_size"))
+    for ours, theirs in _BUFFERS.items():
+        if name == f"_vq_vae.{theirs}":
+            return ("model_state", "codebook", "quantizer", ours)
     name = re.sub(r"\.(\d+)(?=\.)", r"_\1", re.sub(r"^(encoder|decoder)\.(\d+)\.", r"\1.layers.\2.", name))
     *modules, leaf = name.split(".")
-    if leaf == "weight":
+    if leaf == "weight" and modules:
         leaf = "scale" if _is_norm(modules[-1]) else "kernel"
     return ("params", *modules, _RENAMED.get(leaf, leaf))
 
@@ -74,6 +123,23 @@ def to_layout(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
         return array.reshape(-1)
     if leaf == "task_embed":
         return array.reshape(array.shape[0], -1)
+    return array
+
+
+def from_layout(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    """An array of ours at `path` -> the published layout, the inverse of `to_layout`."""
+    leaf = path[-1]
+    if leaf == "kernel" and array.ndim == 2:
+        return array.T
+    if leaf == "kernel" and array.ndim == 4:
+        swapped = array.transpose(2, 3, 0, 1)
+        return swapped if _is_transposed(path, swapped) else array.transpose(3, 2, 0, 1)
+    if leaf == "logit_scale":
+        return array.reshape(-1, 1, 1)
+    if leaf == "mask_embed":
+        return array.reshape(1, 1, -1)
+    if leaf == "task_embed":
+        return array[:, None]
     return array
 
 

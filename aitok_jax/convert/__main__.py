@@ -1,0 +1,88 @@
+"""Published weights to a directory of ours, and weights of ours to a file under the published names.
+
+    python -m aitok_jax.convert FILE DIR --config=configs/X.py[:name=value,...] [--config.key=value ...]
+    python -m aitok_jax.convert DIR FILE
+
+The first reads .pt, .pth, .safetensors or .npz and writes what `Predictor.load`, the tokenizers' `load` and
+`config.start_from` read. It prints what became of every name in the file. Where the file lacks a name that the config's
+model has, nothing is written and the exit code is 1. A backbone alone needs no more than that: its directory is what
+`--config.backbone=` of configs/nyu.py and configs/coco.py takes.
+
+The second takes a run directory, or one that the first has written. FILE is .safetensors, or .pt or .pth where torch is
+installed: {"weights": ...} of a tokenizer, {"state_dict": ...} of a solver.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import absl.logging
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from aitok_jax import checkpoint, config_utils
+from aitok_jax.convert import files, published
+
+
+def to_directory(file: str | Path, directory: str | Path, config: ConfigDict) -> published.Report:
+    """Converts a weight file for `config.task` and writes it as DIRECTORY, unless something is missing.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a file that is refused, damaged or does not fit, a config of several stages, or a directory with
+        checkpoints in it.
+    """
+    if "task" not in config:
+        raise ValueError("the config has no task; give one of a single run, such as configs/nyu.py")
+    if checkpoint.latest_step(directory) >= 0:
+        raise ValueError(f"{directory} holds checkpoints already; give a new directory")
+    variables, config, report = published.convert(files.read_weights(file), config)
+    if not report.missing:
+        checkpoint.save_inference(directory, variables, config)
+    return report
+
+
+def to_file(directory: str | Path, file: str | Path) -> dict[str, tuple[int, ...]]:
+    """Writes the weights of a directory under the published names; returns these with their shapes.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      ValueError: a suffix that is not known, .pt or .pth without torch, or parts that were not published.
+    """
+    config, variables = checkpoint.load_inference(directory)
+    state_dict = published.state_dict(variables, config)
+    wrapper = "weights" if config.task.name.endswith("_tokenizer") else "state_dict"
+    files.write_weights(file, state_dict, wrapper)
+    return {name: array.shape for name, array in state_dict.items()}
+
+
+def main(argv: list[str]) -> int:
+    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells a lot
+    source, target = argv[1:]
+    try:
+        if Path(source).is_dir():
+            for name, shape in to_file(source, target).items():
+                print(f"written: {name} {list(shape)}")
+            return 0
+        report = to_directory(source, target, flags.FLAGS.config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(report)
+    print(f"{target} is not written: the file lacks names" if report.missing else f"written to {target}")
+    return 1 if report.missing else 0
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    args = config_utils.parse_flags(argv)
+    if len(args) != 3:
+        sys.exit("error: give FILE DIR --config=configs/X.py, or DIR FILE")
+    if Path(args[1]).is_dir() == (flags.FLAGS["config"].value is not None):
+        sys.exit("error: --config=configs/X.py is needed to convert a file, and belongs to no directory")
+    return args
+
+
+if __name__ == "__main__":
+    flags.FLAGS.set_gnu_getopt(True)  # flags may follow FILE and DIR
+    config_flags.DEFINE_config_file("config", None, "Configuration of the model, with :arguments.", lock_config=True)
+    app.run(main, flags_parser=parse_flags)

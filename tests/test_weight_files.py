@@ -1,0 +1,388 @@
+"""Weight files: what torch.save writes is read, nothing in a pickle runs, and damage is a clear error."""
+
+import io
+import json
+import os
+import pickle
+import pickletools
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from torch_files import legacy_file, tensor_program, zip_file
+
+from aitok_jax.convert import unpickle
+from aitok_jax.convert.files import WeightFileError, read_weights, write_weights
+
+FIXTURES = Path(__file__).parent / "weights"  # written by PyTorch 2.13 and safetensors 0.8
+GENUINE = ("zip.pth", "legacy.pth", "protocol4.pth", "mixed.safetensors")
+DTYPES = ("bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(data: bytes, name: str = "weights.pth") -> Path:
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_files_of_torch_itself(name):
+    arrays = read_weights(FIXTURES / name)
+    table = np.arange(24, dtype=np.float32).reshape(4, 6)
+    expected = {
+        "strided": table[:, 1:5:2],
+        "transposed": table.T,
+        "shared": table[1],
+        "scalar": np.float32(7.5),
+        "empty": np.zeros((0, 3), np.float32),
+        "parameter": np.array([1.5, -2.5], np.float32),
+    }
+    assert arrays.keys() == {"weight", "bias", *expected, *DTYPES}
+    for key, value in expected.items():
+        assert arrays[key].dtype == np.float32
+        np.testing.assert_array_equal(arrays[key], value)
+    for dtype in DTYPES:
+        assert str(arrays[dtype].dtype) == dtype
+        np.testing.assert_array_equal(arrays[dtype].astype(np.float64), [0, 1, 0, 1 if dtype == "bool" else 3])
+    np.testing.assert_array_equal(arrays["weight"], read_weights(FIXTURES / "zip.pth")["weight"])
+
+
+@pytest.mark.parametrize("wrapper", [None, "weights", "state_dict", "model"])
+def test_wrappers(write, wrapper):
+    program = tensor_program((3,), (1,), numel=3)
+    if wrapper:
+        inner = program[2:-1]
+        program = b"\x80\x02}" + pickle.dumps(wrapper, 2)[2:-1] + inner + b"s."
+    data = np.arange(3, dtype=np.float32).tobytes()
+    for content in (zip_file(program, {"0": data}), legacy_file(program, {"0": (3, data)})):
+        arrays = read_weights(write(content))
+        assert arrays.keys() == {"w"}
+        np.testing.assert_array_equal(arrays["w"], [0, 1, 2])
+
+
+class Call:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+def text(word: str) -> bytes:
+    return b"X" + struct.pack("<I", len(word)) + word.encode()
+
+
+TOUCH = "touch marker"
+MALICIOUS = {
+    "os.system": (pickle.dumps({"weights": Call(os.system, TOUCH)}, 2), "'posix.system'"),
+    "protocol 4": (pickle.dumps({"weights": Call(os.system, TOUCH)}, 4), "'posix.system'"),
+    "protocol 0": (b"\x80\x00" + pickle.dumps(Call(os.system, TOUCH), 0), "'posix.system'"),
+    "eval": (pickle.dumps(Call(eval, "open('marker', 'w')"), 4), "'builtins.eval'"),
+    "old name of eval": (pickle.dumps(Call(eval, "open('marker', 'w')"), 2), "'__builtin__.eval'"),
+    "torch hub": (b"\x80\x02ctorch.hub\nload\n" + text("evil/repo") + text("model") + b"\x86R.", "'torch.hub.load'"),
+    "torch load": (b"\x80\x02ctorch\nload\n" + text("other.pth") + b"\x85R.", "'torch.load'"),
+    "getattr": (pickle.dumps(Call(getattr, Call(__import__, "os"), "system"), 4), "'builtins.getattr'"),
+    "only named": (b"\x80\x02cos\nsystem\n0}.", "'os.system'"),
+    "argument of an allowed call": (
+        b"\x80\x02ccollections\nOrderedDict\n(cos\nsystem\n" + text(TOUCH) + b"\x85RtR.",
+        "'os.system'",
+    ),
+    "call of a call's result": (b"\x80\x02ccollections\nOrderedDict\n)R" + text(TOUCH) + b"\x85R.", "calls a dict"),
+    "call of a string": (b"\x80\x02" + text("os.system") + text(TOUCH) + b"\x85R.", "calls a str"),
+    "call of a dtype": (b"\x80\x02ctorch\nFloatStorage\n" + text(TOUCH) + b"\x85R.", "calls a Float32DType"),
+    "attribute of an allowed name": (
+        b"\x80\x04" + text("torch._utils") + text("_rebuild_tensor_v2.__globals__") + b"\x93.",
+        "'torch._utils._rebuild_tensor_v2.__globals__'",
+    ),
+    "through the memo": (
+        b"\x80\x02ccollections\nOrderedDict\nq\x000cos\nsystem\nq\x000h\x00" + text(TOUCH) + b"\x85R.",
+        "'os.system'",
+    ),
+    "state of an allowed name": (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}" + text("__code__") + text(TOUCH) + b"sb.",
+        "sets the state of torch._utils._rebuild_tensor_v2",
+    ),
+    "state of a dict": (b"\x80\x02}" + text(TOUCH) + b"b.", "sets the state of a dict"),
+    "new object": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "NEWOBJ"),
+    "instance": (b"\x80\x02(" + text(TOUCH) + b"ios\nsystem\n.", "'os.system'"),
+    "object": (b"\x80\x02(ccollections\nOrderedDict\no.", "OBJ"),
+    "extension registry": (b"\x80\x02\x82\x01.", "EXT1"),
+    "text reference": (b"\x80\x02Pos.system\n.", "PERSID of 'os.system'"),
+    "reference to no storage": (b"\x80\x02" + text("os.system") + b"\x85Q.", "reference"),
+    "computed name": (b"\x80\x04" + b"]" + text("system") + b"\x93.", "it wants a str of a list"),
+    "numpy": (pickle.dumps({"w": np.ones(3)}, 2), r"numpy\._?core.*_reconstruct"),
+}
+
+
+@pytest.mark.parametrize("wrap", [zip_file, legacy_file])
+@pytest.mark.parametrize("case", MALICIOUS)
+def test_nothing_in_a_pickle_runs(case, wrap, write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    modules = set(sys.modules)
+    program, message = MALICIOUS[case]
+    assert list(pickletools.genops(program))  # a whole pickle
+    with pytest.raises(WeightFileError, match=message):
+        read_weights(write(wrap(program)))
+    assert not (tmp_path / "marker").exists()
+    assert not {name for name in set(sys.modules) - modules if not name.startswith("encodings.")}
+
+
+def test_the_malicious_pickles_would_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(MALICIOUS["os.system"][0])
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (4,), "stride": (1,), "numel": 3}, "beyond its storage of 3"),
+        ({"size": (2,), "stride": (1,), "numel": 3, "offset": 2}, "beyond its storage of 3"),
+        ({"size": (2, 2), "stride": (2, 1), "numel": 3}, "beyond its storage of 3"),
+        ({"size": (10**9,), "stride": (0,), "numel": 3}, "beyond its storage of 3"),
+        ({"size": (2,), "stride": (-1,), "numel": 3}, "impossible"),
+        ({"size": (2,), "stride": (1, 1), "numel": 3}, "impossible"),
+        ({"size": (0, 2**62), "stride": (1, 1), "numel": 3}, "impossible"),
+        ({"size": (1.5,), "stride": (1,), "numel": 3}, "impossible"),
+        ({"size": (2,) * 40, "stride": (0,) * 40, "numel": 3}, "impossible"),
+        ({"size": (4,), "stride": (1,), "numel": 4}, "has only 12 bytes"),
+        ({"size": (5 * 2**28,), "stride": (1,), "numel": 5 * 2**28}, "has only 12 bytes"),
+        ({"size": (3,), "stride": (1,), "numel": 3, "storage": "QInt8Storage"}, r"'torch\.QInt8Storage'"),
+        ({"size": (3,), "stride": (1,), "numel": 3, "storage": "DoubleStorage"}, "3 float64 values has only 12 bytes"),
+        ({"size": (3,), "stride": (1,), "numel": 3, "key": "../1"}, r"archive/data/\.\./1"),
+    ],
+)
+def test_tensors_that_do_not_fit_their_storage(options, message, write):
+    content = zip_file(tensor_program(**options), {"0": bytes(12)})
+    with pytest.raises(WeightFileError, match=message):
+        read_weights(write(content))
+
+
+def test_legacy_claims(write):
+    program = tensor_program((3,), (1,), numel=3)
+    with pytest.raises(WeightFileError, match="should have 5368709120 bytes, 12 are there"):
+        read_weights(write(legacy_file(program, {"0": (5 * 2**28, bytes(12))})))
+    with pytest.raises(WeightFileError, match="does not fit its tensors"):
+        read_weights(write(legacy_file(program, {"1": (3, bytes(12))})))
+    with pytest.raises(WeightFileError, match="without the magic number"):
+        read_weights(write(pickle.dumps({"weights": 1}, 2)))
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_every_cut_is_noticed(name, write):
+    data = (FIXTURES / name).read_bytes()
+    for length in range(0, len(data) - 1, 37):
+        with pytest.raises(WeightFileError, match=r"weights\.pth: "):
+            read_weights(write(data[:length]))
+
+
+def test_a_flipped_bit_of_a_value_is_noticed(write):
+    data = bytearray(zip_file(tensor_program((3,), (1,), numel=3), {"0": b"twelve bytes"}))
+    data[data.index(b"twelve")] ^= 1
+    with pytest.raises(WeightFileError, match=r"checksum of 'archive/data/0'"):
+        read_weights(write(bytes(data)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "neither"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), r"starts with b'\\x89PNG.*neither a \.pt or \.pth"),
+        (zip_file(pickle.dumps({"epoch": 3}, 2)), "holds no arrays"),
+        (zip_file(pickle.dumps(7, 2)), "holds no arrays"),
+        (zip_file(b"\x80\x02}" + text("model") + b"q\x00h\x00."), "holds no arrays"),
+        (zip_file(b"\x80\x02" + b"(" * 100_000 + b"t" * 99_999 + b"."), "holds no arrays"),
+        (zip_file(b"\x80\x02(" + b"\x85" * 100_000), "broken pickle"),
+        (zip_file(b"\x80\x02}(" + b"\x8a\x01\x05" * 3 + b"u."), "key and value"),
+        (zip_file(b"\x80\x02}])s."), "a dictionary with a list as a key"),
+        (zip_file(b"\x80\x02r\xff\xff\xff\x7fj\x00\x00\x00\x7f."), "its stack is empty"),
+        (zip_file(b"\x80\x02N\x94r\xff\xff\xff\x7fj\x00\x00\x00\x7f."), "nothing was stored as 2130706432"),
+        (b"PK\x05\x06" + bytes(18), "without data.pkl"),
+    ],
+)
+def test_other_content(data, message, write):
+    with pytest.raises(WeightFileError, match=message):
+        read_weights(write(data))
+
+
+@pytest.mark.parametrize("wrap", [zip_file, legacy_file])
+def test_endless_pickles_are_given_up(wrap, write, monkeypatch):
+    monkeypatch.setattr(unpickle, "MAX_PICKLE", 1000)
+    with pytest.raises(WeightFileError, match="a pickle of more than 1000 bytes"):
+        read_weights(write(wrap(b"\x80\x02" + b"N" * 2000 + b".")))
+
+
+def test_a_dictionary_inside_itself_ends(write):
+    loop = b"\x80\x02}q\x00" + text("model") + b"h\x00s."
+    with pytest.raises(WeightFileError, match="holds no arrays"):
+        read_weights(write(zip_file(loop)))
+
+
+def test_compressed_torch_files_are_refused(write):
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000))
+    with pytest.raises(WeightFileError, match="compressed"):
+        read_weights(write(target.getvalue()))
+
+
+def safetensors(header: dict | bytes, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype="F32", shape=(3,), offsets=(0, 12)):
+    return {"w": {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (struct.pack("<Q", 5 * 2**30) + b"{}", "a header of 5368709120 bytes in a file of 10"),
+        (safetensors(entry(), bytes(11)), "lies at .* of 11 bytes"),
+        (safetensors(entry(offsets=(0, 5 * 2**30), shape=(5 * 2**28,)), bytes(12)), "lies at"),
+        (safetensors(entry(shape=(5 * 2**28,)), bytes(12)), "has 12 bytes"),
+        (safetensors(entry("F8_E4M3", (12,)), bytes(12)), "dtype 'F8_E4M3'; read are F64"),
+        (safetensors(entry(shape=(-3,)), bytes(12)), "impossible shape"),
+        (safetensors(entry(shape=(True, 3)), bytes(12)), "impossible shape"),
+        (safetensors(entry(offsets=(12, 0)), bytes(12)), "lies at"),
+        (safetensors({**entry(), "v": entry()["w"]}, bytes(12)), "overlap"),
+        (safetensors({"w": [1]}, bytes(12)), "lacks dtype"),
+        (safetensors({}), "holds no arrays"),
+        (safetensors(b"{" * 100_000), "not JSON"),
+        (safetensors(b'{"w": nope}'), "not JSON"),
+    ],
+)
+def test_safetensors_that_do_not_fit(data, message, write):
+    with pytest.raises(WeightFileError, match=message):
+        read_weights(write(data, "weights.safetensors"))
+
+
+@pytest.mark.parametrize("length", [0x80, 0x4B50])  # as a pickle and as a zip file begin
+def test_safetensors_are_known_whatever_their_length(length, write):
+    header = json.dumps(entry()).encode().ljust(length)
+    assert read_weights(write(safetensors(header, bytes(12)))).keys() == {"w"}
+
+
+def npz(header: str, data: bytes = bytes(12), **options) -> bytes:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", **options) as archive:
+        text = header.encode() + b" " * (-(len(header) + 11) % 64) + b"\n"
+        archive.writestr("w.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (npz("{'descr': '<f4', 'fortran_order': False, 'shape': (1342177280,)}"), "has 12 bytes"),
+        (npz("{'descr': '|O', 'fortran_order': False, 'shape': (3,)}"), r"holds no plain numbers.*\|O"),
+        (npz("{'descr': '<U3', 'fortran_order': False, 'shape': (1,)}"), "holds no plain numbers"),
+        (npz("{'descr': '<f4', 'fortran_order': False, 'shape': (-3,)}"), "holds no plain numbers"),
+        (npz("{'descr': '<f4', 'fortran_order': False, 'shape': (0, 999999999999999)}"), "impossible shape"),
+        (npz("(" * 5000), "holds no plain numbers"),
+        (
+            npz("{'descr': '|u1', 'fortran_order': False, 'shape': (3,)}", bytes(2**30 + 9), compression=8),
+            "claims to unpack to",
+        ),
+    ],
+)
+def test_npz_that_do_not_fit(data, message, write):
+    with pytest.raises(WeightFileError, match=message):
+        read_weights(write(data, "weights.npz"))
+
+
+def test_npz(tmp_path):
+    arrays = {"a.weight": np.arange(6.0).reshape(2, 3).T, "b": np.float32(3), "c": np.zeros((0, 2), np.int64)}
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "weights.npz", **arrays)
+        read = read_weights(tmp_path / "weights.npz")
+        assert read.keys() == arrays.keys()
+        for name, array in read.items():
+            assert array.dtype == arrays[name].dtype
+            np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_safetensors_round_trip(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {str(dtype): rng.integers(0, 2, (2, 3)).astype(dtype) for dtype in ("f4", "f8", "f2", "i8", "i1", "?")}
+    arrays |= {
+        "bf16": np.ones(3, ml_dtypes.bfloat16),
+        "scalar": np.float32(2)[()] * np.ones(()),
+        "t": np.ones((2, 3)).T,
+    }
+    write_weights(tmp_path / "new" / "weights.safetensors", arrays)
+    read = read_weights(tmp_path / "new" / "weights.safetensors")
+    assert read.keys() == arrays.keys()
+    for name, array in read.items():
+        assert array.dtype == arrays[name].dtype
+        assert array.flags.aligned
+        np.testing.assert_array_equal(array, arrays[name])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["weights.safetensors"]
+
+
+def test_writing_needs_a_known_format(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"\.pt and \.pth need torch"):
+        write_weights(tmp_path / "weights.pth", {"w": np.ones(3)})
+    with pytest.raises(ValueError, match=r"must be \.safetensors, \.pt or \.pth"):
+        write_weights(tmp_path / "weights.ckpt", {"w": np.ones(3)})
+    with pytest.raises(ValueError, match="w is complex128"):
+        write_weights(tmp_path / "weights.safetensors", {"w": np.ones(3, complex)})
+
+
+def test_a_name_that_could_steer_a_terminal_is_refused(write):
+    content = zip_file(tensor_program((3,), (1,), numel=3).replace(b"w", b"\x1b", 1), {"0": bytes(12)})
+    with pytest.raises(WeightFileError, match=r"the name '\\x1b'"):
+        read_weights(write(content))
+
+
+FUZZ = """
+import random, resource, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from torch_files import mutate, zip_file
+from aitok_jax.convert import unpickle
+from aitok_jax.convert.files import WeightFileError, read_weights
+
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+sources = [Path(path).read_bytes() for path in sys.argv[2:]]
+program = sources[0][sources[0].index(b"\\x80\\x02"):][:4000]
+program = program[:program.index(b"PK") if b"PK" in program else None]
+rng, counts = random.Random(0), {{"read": 0, "refused": 0}}
+file = open(sys.argv[1], "wb", buffering=0)
+for i in range(10_000):
+    data = zip_file(mutate(rng, program)) if i % 5 == 0 else mutate(rng, sources[i % len(sources)])
+    file.seek(0)
+    file.truncate()
+    file.write(data)
+    try:
+        read_weights(sys.argv[1])
+        counts["read"] += 1
+    except WeightFileError:
+        counts["refused"] += 1
+print(counts)
+"""
+
+
+def test_ten_thousand_mutated_files(tmp_path):
+    """In a process of its own that may take 256 MiB more than it has at the start."""
+    np.savez(tmp_path / "a.npz", w=np.arange(30.0), v=np.ones((3, 4), np.int8))
+    sources = [str(FIXTURES / name) for name in GENUINE] + [str(tmp_path / "a.npz")]
+    code = FUZZ.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", code, str(tmp_path / "mutated"), *sources]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stderr
+    assert "'refused': " in result.stdout
