@@ -11,19 +11,21 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (  # from the top; the modules of one line may import each other
     ("configs", "experiments"),
     ("main",),
-    ("train", "predict", "export"),
+    ("train", "predict", "predict_cli", "export"),
     ("prepare",),
     ("evaluators",),
     ("tasks", "data"),
     ("models", "checkpoint", "sharding", "optim", "run_dir", "visualize", "convert"),
     ("train_state",),
-    ("losses", "metrics", "geometry", "paste", "sequences", "vocab", "config_utils"),
+    ("losses", "metrics", "geometry", "paste", "pointcloud", "sequences", "vocab", "config_utils"),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 APART = {  # besides the layers: who must not know whom
     "data": {"models", "tasks", "train", "evaluators", "predict", "optim", "checkpoint"},
     "tasks": {"data"},
     "predict": {"data", "train", "evaluators"},
+    "predict_cli": {"data", "train", "evaluators"},
+    "export": {"data", "train", "evaluators"},
     "train": {"models", "losses"},
     "prepare": {"models", "losses", "evaluators"},
     "evaluators": {"models"},
