@@ -13,12 +13,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from aitok_jax import checkpoint, paste, tasks
+from aitok_jax.resize import NUM_VIEWS, average_views, fit_square, model_size, resize, view
 from aitok_jax.tasks.base import compiled_predict
-from aitok_jax.tasks.solving import IMAGENET_MEAN
 
 TASKS = ("depth", "instances", "detection")
-ASPECT_STEPS = 15  # 32 px at image_size 480
-MAX_ASPECT = 8
 BATCH_SIZE = 4
 
 
@@ -100,9 +98,8 @@ class Predictor:
             image: uint8[H,W,3] RGB of any size (depth: at most 8 times longer than its short side), or a list of such.
             task: what to predict, one of `tasks`; None is the first of them.
             min_score: objects of a lower score are left out; 0..1.
-            augment: for depth, average over the mirror image, whatever the task's `flip`, and over one window more
-                than a long image needs. A square image has one window always. Other scales are not tried: depth
-                goes with the size of things in the picture.
+            augment: for depth, average over the mirror image, whatever the task's `flip`, and over enlarged corners
+                (see `resize.average_views`); takes five times as long.
             batch_size: images that go through the model together; at least 1.
         Returns:
             For depth: `depth` float32[H,W] in metres, at least 0.001, and `confidence` float32[H,W] in 0..1:
@@ -175,16 +172,24 @@ class Predictor:
     def _depth(self, images: Sequence[np.ndarray], augment: bool, batch_size: int) -> list[dict[str, np.ndarray]]:
         part = self.parts["depth"]
         if augment:
-            part = dataclasses.replace(part, flip=True, extra_windows=part.extra_windows + 1)
+            part = dataclasses.replace(part, flip=True)
         sizes = [model_size(*image.shape[:2], part.image_size) for image in images]
+        count = NUM_VIEWS if augment else 1
 
-        def prepare(i):
-            return _resize(images[i], *sizes[i]).astype(np.float32) / 255
+        def prepare(k):
+            i, number = divmod(k, count)
+            return view(images[i], number, *sizes[i]).astype(np.float32) / 255
 
         results: list[dict[str, np.ndarray]] = [{} for _ in images]
-        for i, outputs in self._outputs(part, sizes, prepare, batch_size):
-            depth, confidence = (_resize(outputs[name], *images[i].shape[:2]) for name in ("depth", "confidence"))
-            results[i] = {"depth": depth, "confidence": np.clip(confidence, 0, 1)}
+        seen: list[list[dict[str, np.ndarray]]] = [[] for _ in images]
+        view_sizes = [size for size in sizes for _ in range(count)]
+        for k, outputs in self._outputs(part, view_sizes, prepare, batch_size):
+            i = k // count
+            seen[i].append(outputs)  # in order: all have one size
+            if len(seen[i]) == count:
+                maps, seen[i] = average_views(seen[i]), []
+                depth, confidence = (resize(maps[name], *images[i].shape[:2]) for name in ("depth", "confidence"))
+                results[i] = {"depth": depth, "confidence": np.clip(confidence, 0, 1)}
         return results
 
     def _outputs(
@@ -220,39 +225,6 @@ def plan_batches(sizes: Sequence[Any], batch_size: int) -> list[tuple[list[int],
     for part in parts:
         planned += [(part, batch_size)] if 2 * len(part) > batch_size else [([i], 1) for i in part]
     return planned
-
-
-def model_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """Height and width at which an image of height x width is predicted; see `Predictor.__call__`.
-
-    Raises:
-        ValueError: the long side is more than 8 times the short side.
-    """
-    short, long = sorted((height, width))
-    if long > MAX_ASPECT * short:
-        raise ValueError(f"a {height}x{width} image is longer than {MAX_ASPECT} times its short side; crop it")
-    model_long = round(image_size * round(ASPECT_STEPS * long / short) / ASPECT_STEPS)
-    return (image_size, model_long) if height <= width else (model_long, image_size)
-
-
-def fit_square(image: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image as models of objects see it, the same as in their evaluation (`data.objects.evaluation`).
-
-    Its longer side becomes `size`; resizing is bilinear, with antialiasing where it shrinks. At the right, or at the
-    bottom, it is filled up with the mean of ImageNet's colours.
-
-    Args:
-        image: uint8[H,W,3] RGB.
-        size: side of the square in pixels.
-    Returns:
-        float32[size,size,3] in 0..1, and float32[2], the factors of x and y from the image to the square.
-    """
-    height, width = image.shape[:2]
-    factor = size / max(height, width)
-    new_height, new_width = (max(int(side * factor + 0.5), 1) for side in (height, width))
-    square = np.tile(IMAGENET_MEAN, (size, size, 1))
-    square[:new_height, :new_width] = _resize(image, new_height, new_width).astype(np.float32) / 255
-    return square, np.array([new_width / width, new_height / height], np.float32)
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -309,13 +281,6 @@ def _categories(parts: Mapping[str, Any], given: Sequence[Mapping[str, Any]] | N
     if len(given) > count:
         raise ValueError(f"{len(given)} categories, but the model knows {count} classes; give those it was trained for")
     return [{"id": int(category["id"]), "name": str(category["name"])} for category in given]
-
-
-def _resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8[H,W,3] or float32[H,W], bilinear and antialiased; as it is where it has the size."""
-    if array.shape[:2] == (height, width):
-        return array
-    return np.array(Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _listed(image: Any) -> tuple[Sequence[np.ndarray], bool]:

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min_score", type=float, default=0.5, help="lowest score of an object in the panel (default: %(default)s)"
     )
-    parser.add_argument("--augment", action="store_true", help="average depth over mirror image and an extra window")
+    parser.add_argument("--augment", action="store_true", help="average depth over mirror image and zoom")
     parser.add_argument("--ply_fov", type=float, metavar="DEGREES", help="write point clouds for this field of view")
     parser.add_argument(
         "--batch_size",

@@ -13,7 +13,7 @@ LAYERS = (  # from the top; the modules of one line may import each other
     ("main",),
     ("train", "predict", "predict_cli", "export"),
     ("prepare",),
-    ("evaluators",),
+    ("evaluators", "resize"),
     ("tasks", "data"),
     ("models", "checkpoint", "sharding", "optim", "run_dir", "visualize", "convert"),
     ("train_state",),

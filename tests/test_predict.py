@@ -1,38 +1,21 @@
 """The Predictor, with a toy model whose depth can be computed by hand."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_runs
 from PIL import Image
 from toy_depth import SHAPES, ToyTask, fake_checkpoint, picture
 
-from aitok_jax import geometry, predict
-from aitok_jax.predict import Predictor, model_size, plan_batches, read_image
+from aitok_jax import predict
+from aitok_jax.predict import Predictor, plan_batches, read_image
 
 
 @pytest.fixture
 def predictor():
     return Predictor(ToyTask(), {"scale": np.float32(8)}, {})
-
-
-def test_model_size():
-    assert model_size(480, 640, 480) == (480, 640)
-    assert model_size(960, 1280, 480) == (480, 640)
-    assert model_size(640, 480, 480) == (640, 480)
-    assert model_size(333, 333, 96) == (96, 96)
-    assert model_size(1080, 1920, 480) == (480, 864)
-    assert {model_size(480, width, 480)[1] for width in range(480, 3840)} <= set(range(480, 3841, 32))
-    for width in range(100, 800, 7):
-        assert abs(model_size(100, width, 480)[1] / 480 - width / 100) <= 1 / 30 + 1e-6
-    with pytest.raises(ValueError, match=r"10x81 .* crop"):
-        model_size(10, 81, 48)
 
 
 def test_image_of_the_model_size_is_not_resized(predictor):
@@ -111,22 +94,18 @@ def test_batches_hold_every_image_once_and_waste_less_than_half(batch_size):
     assert len(planned) < 50 or batch_size == 1
 
 
-def test_augmentation(tmp_path):
-    """Mirror image and a window more; the default stays as the task is configured."""
-    loaded = Predictor.load(tiny_runs.write(tmp_path, "depth"))
-    params, model_state = loaded.weights
-    model_state["depth_tokenizer"]["params"]["decoder"]["layers_8"]["bias"] = jnp.full(1, 9.0)  # nothing is clipped
-    part = dataclasses.replace(loaded.parts["depth"], flip=False)
-    predictor = Predictor(part, params, model_state)
-    image = np.random.default_rng(3).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    plain, augmented = predictor(image), predictor(image, augment=True)
-    square = jax.jit(lambda images: part.predict(params, model_state, {"image": images}))
-    batch = jnp.asarray(image[None], jnp.float32) / 255
-    for found, flip, count in ((plain, False, 2), (augmented, True, 3)):
-        expected = geometry.predict_windows(square, batch, flip=flip, count=count)
-        for name in ("depth", "confidence"):
-            np.testing.assert_allclose(found[name], expected[name][0], rtol=1e-4, atol=1e-5, err_msg=name)
-    assert np.abs(plain["depth"] - augmented["depth"]).max() > 1e-3
+def test_augmentation(predictor):
+    """Mirror image and enlarged corners, whose depth counts more, in batches; the default stays as it is configured."""
+    images = [picture(60, 80), picture(48, 48), picture(90, 120)]
+    SHAPES.clear()
+    results = predictor(images, augment=True)
+    # ten views of 48x64: 4, 4, and two one by one; five of 48x48: 4 and 1
+    assert SHAPES == [(4, 48, 64, 3), (1, 48, 64, 3), (4, 48, 48, 3), (1, 48, 48, 3)]
+    for image, maps in zip(images, results, strict=True):
+        red, green, _ = np.moveaxis(image / np.float32(255), -1, 0)
+        np.testing.assert_allclose(maps["depth"], (1 + 48 / 44) / 2 * (8 * red + 1), atol=0.1)
+        np.testing.assert_allclose(maps["confidence"], green, atol=0.02)
+        np.testing.assert_allclose(predictor(image)["depth"], 8 * red, atol=0.1)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tiny_runs import CATEGORIES
 
 from aitok_jax import checkpoint, paste, predict, predict_cli, tasks
 from aitok_jax.data import objects
-from aitok_jax.predict import Predictor, fit_square
+from aitok_jax.predict import Predictor
 from aitok_jax.predict_cli import main
 from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.vocab import Vocabulary
@@ -168,16 +168,6 @@ def test_categories():
     assert unnamed == [{"id": i + 1, "name": f"class {i}"} for i in range(4)]
     with pytest.raises(ValueError, match=r"6 categories.* 4 classes"):
         Predictor(ToyObjects(), {}, {}, "instances", 2 * CATEGORIES)
-
-
-@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (30, 17), (200, 333), (500, 100), (64, 64), (1, 300), (3, 1)])
-def test_objects_see_what_their_evaluation_sees(shape):
-    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    square, scale = fit_square(image, 64)
-    expected = objects.evaluation(64)({"image": image}, np.random.default_rng(0))
-    assert square.dtype == np.float32
-    np.testing.assert_array_equal(square, expected["image"])
-    np.testing.assert_array_equal(scale, expected["scale"])
 
 
 @pytest.fixture(scope="module")

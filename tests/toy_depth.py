@@ -13,16 +13,17 @@ SHAPES = []
 
 @dataclass(frozen=True)
 class ToyTask:
-    """Depth = 8 x red, confidence = green; remembers the shapes that it was compiled for."""
+    """Depth = 8 x red, 1 m more with `flip`; confidence = green; remembers the shapes that it was compiled for."""
 
     image_size: int = 48
+    flip: bool = False
     eval_crop: None = None
     max_depth: float = 10.0
 
     def predict(self, params, model_state, batch):
         del model_state
         SHAPES.append(batch["image"].shape)
-        return {"depth": params["scale"] * batch["image"][..., 0], "confidence": batch["image"][..., 1]}
+        return {"depth": params["scale"] * batch["image"][..., 0] + self.flip, "confidence": batch["image"][..., 1]}
 
 
 def fake_checkpoint(monkeypatch):

@@ -56,7 +56,6 @@ class DepthTask:
             random weights learns far faster with it, since most of an image in 0..1 is its mean.
         pad_to: pad the squares at the right and bottom with zeros to this side (joint training: 640); 0 = no padding.
         flip: average with the mirror image at test time.
-        extra_windows: windows at test time beyond the fewest that cover a long image; overlaps are averaged.
         eval_crop: rows and columns (top, bottom, left, right) that metrics look at, or None.
         max_depth: metres; annotation beyond it is left out of the metrics.
     """
@@ -77,7 +76,6 @@ class DepthTask:
     normalize_image: bool = False
     pad_to: int = 0
     flip: bool = True
-    extra_windows: int = 0
     eval_crop: tuple[int, int, int, int] | None = None
     max_depth: float = 10.0
 
@@ -190,9 +188,7 @@ class DepthTask:
                 depth = self._tokenizer(model_state, "decode", self._to_grid(decoded.tokens))[..., 0]
             return {"depth": depth, "confidence": self._confidence(model_state, decoded.logits)}
 
-        images = batch["image"]
-        count = len(geometry.window_starts(*images.shape[1:3])) + self.extra_windows
-        return geometry.predict_windows(square, images, flip=self.flip, count=count, min_value=MIN_DEPTH)
+        return geometry.predict_windows(square, batch["image"], flip=self.flip, min_value=MIN_DEPTH)
 
     def decode(self, params: Tree, images_BHWC: jax.Array) -> Decoded:
         """Greedy depth tokens of square images [B,S,S,3] in 0..1, relative to the depth window, and their logits."""
@@ -250,8 +246,6 @@ def _check_layout(task: DepthTask) -> None:
             f"{backbone.stride} must divide tokenizer.downsample={task.tokenizer.downsample}; change one or set "
             "memory_weight=0"
         )
-    if task.extra_windows < 0:
-        raise ValueError(f"extra_windows={task.extra_windows} must be 0 (the fewest windows) or more")
     if not 0 <= task.input_noise <= 1:
         raise ValueError(f"input_noise={task.input_noise} must lie in 0..1")
     if task.grid**2 > transformer.max_length:
