@@ -99,7 +99,7 @@ class Predictor:
             task: what to predict, one of `tasks`; None is the first of them.
             min_score: objects of a lower score are left out; 0..1.
             augment: for depth, average over the mirror image, whatever the task's `flip`, and over enlarged corners
-                (see `resize.average_views`); takes five times as long.
+                (see `resize.average_views`); takes five times as long, or ten where `flip` is off.
             batch_size: images that go through the model together; at least 1.
         Returns:
             For depth: `depth` float32[H,W] in metres, at least 0.001, and `confidence` float32[H,W] in 0..1:
