@@ -148,7 +148,8 @@ class Predictor:
         task = _chosen(task, [name for name in self.tasks if name != "depth"])
         _check_score(min_score)
         images, many = _listed(image)
-        ids = range(len(images)) if image_id is None else image_id if many else [image_id]
+        image_id = range(len(images)) if image_id is None else image_id
+        ids = [image_id] if isinstance(image_id, (int, str)) else list(image_id)
         if len(ids) != len(images):
             raise ValueError(f"{len(ids)} values of image_id for {len(images)} images; give one for each, or None")
         part, scales = self.parts[task], {}

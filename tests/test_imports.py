@@ -118,7 +118,8 @@ def test_tensorflow_is_found():
 
 def test_the_package_does_not_load_tensorflow():
     code = (
-        "import sys, aitok_jax, aitok_jax.predict, aitok_jax.train, aitok_jax.data.nyu, aitok_jax.evaluators\n"
+        "import sys, aitok_jax, aitok_jax.predict_cli, aitok_jax.export, aitok_jax.train\n"
+        "import aitok_jax.data.nyu, aitok_jax.evaluators\n"
         "sys.exit(' '.join(name for name in ('tensorflow', 'torch') if name in sys.modules) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -216,6 +216,8 @@ def test_a_list_is_predicted_as_its_images_are(runs):
     assert [result["image_id"] for result in predictor.coco_results(images)[2]] == [2] * len(results[2])
     with pytest.raises(ValueError, match=r"2 values of image_id for 3 images"):
         predictor.coco_results(images, image_id=[1, 2])
+    with pytest.raises(ValueError, match=r"1 values of image_id for 3 images"):
+        predictor.coco_results(images, image_id="abc")
     with pytest.raises(ValueError, match=r"augment=True is for task='depth', not for 'instances'"):
         predictor(images, "instances", augment=True)
 
