@@ -37,6 +37,7 @@ setup(
         "pillow>=11.0",
         "matplotlib>=3.9",
         "tqdm>=4.66",
+        "flatbuffers>=24.3",  # jax.export writes and reads its files with it
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],

@@ -88,24 +88,28 @@ def to_results(
     return results
 
 
-def from_results(results: Sequence[Mapping[str, Any]], category_ids: Sequence[int]) -> dict[str, np.ndarray]:
+def from_results(
+    results: Sequence[Mapping[str, Any]], category_ids: Sequence[int], step: int = 1
+) -> dict[str, np.ndarray]:
     """COCO results of one image as arrays, as `visualize.objects_panel` takes them.
 
+    Args:
+        step: above 1, as they lie in a smaller copy of the image, of which each `step`-th row and column is left.
     Returns:
         `boxes` f32[n,4] x1 y1 x2 y2, `classes` int32[n], `scores` f32[n] and, where the results have masks, `masks`
-        uint8[n,H,W] of 0 and 1.
+        uint8[n,H,W] of 0 and 1, H and W those of the copy.
     """
     label = {category: index for index, category in enumerate(category_ids)}
     boxes_N4 = np.array([result["bbox"] for result in results], np.float64).reshape(-1, 4)
     boxes_N4[:, 2:] += boxes_N4[:, :2]
     arrays = {
-        "boxes": boxes_N4.astype(np.float32),
+        "boxes": (boxes_N4 / step).astype(np.float32),
         "classes": np.array([label[result["category_id"]] for result in results], np.int32),
         "scores": np.array([result["score"] for result in results], np.float32),
     }
     if results and "segmentation" in results[0]:
-        masks_HWN = coco_mask.decode([result["segmentation"] for result in results])
-        arrays["masks"] = np.moveaxis(masks_HWN, -1, 0)
+        masks = [coco_mask.decode(result["segmentation"])[::step, ::step] for result in results]
+        arrays["masks"] = np.stack(masks)
     return arrays
 
 

@@ -1,39 +1,23 @@
-"""Prediction of one image or many: `Predictor` and its command line.
-
-    python -m aitok_jax.predict --checkpoint=RUN_OR_DIR --task=depth --image=FILE... --out=DIR
-
-writes for each image NAME.ext, at the image's own size and orientation, NAME_panel.png and
-
-- for depth: NAME_depth.npy (float32 metres), NAME_depth.png (16-bit millimetres, 0 to 65535) and NAME_confidence.npy
-  (float32, 0..1);
-- for instances and detection: NAME_instances.json, all objects as a list of COCO results with NAME as `image_id`. The
-  panel shows those whose score is at least --min_score.
-
-Two images of one NAME are refused. An image that cannot be read is reported, the others are still predicted, and the
-exit code is 1.
-"""
+"""Prediction of one image or many: `Predictor`. `python -m aitok_jax.predict` is its command line (`predict_cli`)."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from aitok_jax import checkpoint, paste, tasks, visualize
+from aitok_jax import checkpoint, paste, tasks
+from aitok_jax.resize import NUM_VIEWS, average_views, fit_square, model_size, resize, view
 from aitok_jax.tasks.base import compiled_predict
-from aitok_jax.tasks.solving import IMAGENET_MEAN
 
 TASKS = ("depth", "instances", "detection")
-ASPECT_STEPS = 15  # 32 px at image_size 480
-MAX_ASPECT = 8
+BATCH_SIZE = 4
 
 
 class Predictor:
@@ -52,6 +36,8 @@ class Predictor:
         categories: `id` and `name` of the object classes, in their order; None numbers them from 1.
     Attributes:
         tasks: what it can be asked for, of `TASKS` and in their order.
+        parts: for each of these the task that predicts it.
+        weights: (params, model_state), on the device.
         categories: list of {'id': int, 'name': str}, one for each class of objects; empty without objects.
     """
 
@@ -63,10 +49,10 @@ class Predictor:
         name: str = "depth",
         categories: Sequence[Mapping[str, Any]] | None = None,
     ):
-        self._parts = _parts(task, name)
-        self.tasks = tuple(self._parts)
-        self.categories = _categories(self._parts, categories)
-        self._weights = jax.device_put((params, model_state))
+        self.parts = _parts(task, name)
+        self.tasks = tuple(self.parts)
+        self.categories = _categories(self.parts, categories)
+        self.weights = jax.device_put((params, model_state))
 
     @classmethod
     def load(cls, path: str | Path) -> Predictor:
@@ -80,10 +66,20 @@ class Predictor:
         task = tasks.build(config.task)
         return cls(task, weights["params"], weights["model_state"], config.task.name, config.get("categories"))
 
+    def choose(self, task: str | None) -> str:
+        """The task that is predicted for `task`: itself, or the first of `tasks` for None; ValueError for others."""
+        return _chosen(task, self.tasks)
+
     def __call__(
-        self, image: np.ndarray | Sequence[np.ndarray], task: str | None = None, *, min_score: float = 0.0
+        self,
+        image: np.ndarray | Sequence[np.ndarray],
+        task: str | None = None,
+        *,
+        min_score: float = 0.0,
+        augment: bool = False,
+        batch_size: int = BATCH_SIZE,
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """Predicts an image, or each of a list of images.
+        """Predicts an image, or a list of images.
 
         Depth: the image is resized to the model's scale: short side to the task's `image_size`, aspect ratio (long side
         to short side) rounded to a multiple of 1/15, so that images of any size compile few programs; a 4:3 image keeps
@@ -94,100 +90,142 @@ class Predictor:
         Instances and detection: see `fit_square`; boxes and masks are brought back to the image. A model of instances
         also does detection, which leaves out the masks.
 
+        The images of a list that the model sees at one size are predicted together, `batch_size` at a time. What is
+        left of them fills a batch up with copies if it is more than half of one, and goes one by one if not, so that
+        a size compiles two programs at most. An image's result does not depend on the others but for rounding.
+
         Args:
             image: uint8[H,W,3] RGB of any size (depth: at most 8 times longer than its short side), or a list of such.
             task: what to predict, one of `tasks`; None is the first of them.
             min_score: objects of a lower score are left out; 0..1.
+            augment: for depth, average over the mirror image, whatever the task's `flip`, and over enlarged corners
+                (see `resize.average_views`); takes five times as long, or ten where `flip` is off.
+            batch_size: images that go through the model together; at least 1.
         Returns:
-            For depth: `depth` float32[H,W] in metres and `confidence` float32[H,W] in 0..1 (1 = sure). For instances
-            and detection the n objects, best first: `boxes` float32[n,4] x1 y1 x2 y2 in pixels of the image, `classes`
-            int32[n], `names` list[str], `scores` float32[n] in 0..1 and, for instances, `masks` bool[n,H,W]. A list
-            of these for a list.
+            For depth: `depth` float32[H,W] in metres, at least 0.001, and `confidence` float32[H,W] in 0..1:
+            1 / (1 + s), s the standard deviation in metres of the depths that the token there may stand for, under its
+            probabilities; 1 is sure of one depth, 1/2 wavers by a metre. It is no probability of being right.
+            For instances and detection the n objects, best first: `boxes` float32[n,4] x1 y1 x2 y2 in pixels of the
+            image, `classes` int32[n], `names` list[str], `scores` float32[n] in 0..1, the probability of the class
+            among all classes and the noise label, and, for instances, `masks` bool[n,H,W]. A list of these for a list.
         Raises:
-            ValueError: an image of another type or shape, a task that this model does not do, or a score outside 0..1.
+            ValueError: an image of another type or shape, a task that this model does not do, a score outside 0..1, a
+                batch size below 1, or `augment` with another task than depth.
         """
-        task = _chosen(task, self.tasks)
-        if isinstance(image, (list, tuple)):
-            return [self._predict(one, task, min_score) for one in image]
-        return self._predict(image, task, min_score)
+        task = self.choose(task)
+        images, many = _listed(image)
+        if task == "depth":
+            results = self._depth(images, augment, batch_size)
+        elif augment:
+            raise ValueError(f"augment=True is for task='depth', not for {task!r}; leave it out")
+        else:
+            found = self.coco_results(images, task, min_score=min_score, batch_size=batch_size)
+            sizes = [one.shape[:2] if task == "instances" else None for one in images]
+            results = [_arrays(*args, self.categories) for args in zip(found, sizes, strict=True)]
+        return results if many else results[0]
 
     def coco_results(
-        self, image: np.ndarray, task: str | None = None, *, image_id: int | str = 0, min_score: float = 0.0
-    ) -> list[dict[str, Any]]:
-        """The objects of an image as COCO results, best first; arguments and errors as in `__call__`.
+        self,
+        image: np.ndarray | Sequence[np.ndarray],
+        task: str | None = None,
+        *,
+        image_id: int | str | Sequence[int | str] | None = None,
+        min_score: float = 0.0,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
+        """The objects of an image as COCO results, best first; a list of these for a list of images.
 
-        Without `task` these are instances, or detections where the model gives no masks.
+        Arguments and errors are those of `__call__`. Without `task` these are instances, or detections where the model
+        gives no masks.
 
+        Args:
+            image_id: of the image, or of each image of the list; None is its place, counted from 0.
         Returns:
             Dicts ready for JSON: `image_id` as given, `category_id` (see `categories`), `bbox` [x, y, width, height] in
             pixels of the image, `score` and, for instances, `segmentation` (compressed RLE). Left out are objects whose
             box is reversed or lies outside the image, and those of a class that is none of the `categories`.
         """
         task = _chosen(task, [name for name in self.tasks if name != "depth"])
-        _check_image(image)
         _check_score(min_score)
-        square, scale = fit_square(image, self._parts[task].image_size)
-        outputs = self._outputs(task, square)
-        if task == "detection":
-            outputs.pop("masks", None)
-        known = (outputs["scores"] >= min_score) & (outputs["classes"] < len(self.categories))
-        outputs["valid"] = outputs["valid"] & known
-        category_ids = [category["id"] for category in self.categories]
-        results = paste.to_results(outputs, 0, category_ids, scale, image.shape[:2])
-        results.sort(key=lambda result: -result["score"])
-        return [{**result, "image_id": image_id} for result in results]
+        images, many = _listed(image)
+        image_id = range(len(images)) if image_id is None else image_id
+        ids = [image_id] if isinstance(image_id, (int, str)) else list(image_id)
+        if len(ids) != len(images):
+            raise ValueError(f"{len(ids)} values of image_id for {len(images)} images; give one for each, or None")
+        part, scales = self.parts[task], {}
 
-    def _outputs(self, task: str, image: np.ndarray) -> dict[str, np.ndarray]:
-        """What the model says of float32[H,W,3] in 0..1, on the host."""
-        outputs = compiled_predict(self._parts[task])(*self._weights, {"image": image[None]})
-        return {name: np.array(values[0]) for name, values in outputs.items()}
+        def prepare(i):
+            square, scales[i] = fit_square(images[i], part.image_size)
+            return square
 
-    def _predict(self, image: np.ndarray, task: str, min_score: float) -> dict[str, Any]:
-        if task == "depth":
-            return self._depth(image)
-        results = self.coco_results(image, task, min_score=min_score)
-        return _arrays(results, self.categories, image.shape[:2] if task == "instances" else None)
+        results: list[list[dict[str, Any]]] = [[] for _ in images]
+        for i, outputs in self._outputs(part, [part.image_size for _ in images], prepare, batch_size):
+            if task == "detection":
+                outputs.pop("masks", None)
+            known = (outputs["scores"] >= min_score) & (outputs["classes"] < len(self.categories))
+            outputs["valid"] = outputs["valid"] & known
+            category_ids = [category["id"] for category in self.categories]
+            found = paste.to_results(outputs, 0, category_ids, scales[i], images[i].shape[:2])
+            found.sort(key=lambda result: -result["score"])
+            results[i] = [{**result, "image_id": ids[i]} for result in found]
+        return results if many else results[0]
 
-    def _depth(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        _check_image(image)
-        height, width = image.shape[:2]
-        resized = _resize(image, *model_size(height, width, self._parts["depth"].image_size))
-        outputs = self._outputs("depth", resized.astype(np.float32) / 255)
-        depth, confidence = (_resize(outputs[name], height, width) for name in ("depth", "confidence"))
-        return {"depth": depth, "confidence": np.clip(confidence, 0, 1)}
+    def _depth(self, images: Sequence[np.ndarray], augment: bool, batch_size: int) -> list[dict[str, np.ndarray]]:
+        part = self.parts["depth"]
+        if augment:
+            part = dataclasses.replace(part, flip=True)
+        sizes = [model_size(*image.shape[:2], part.image_size) for image in images]
+        count = NUM_VIEWS if augment else 1
+
+        def prepare(k):
+            i, number = divmod(k, count)
+            return view(images[i], number, *sizes[i]).astype(np.float32) / 255
+
+        results: list[dict[str, np.ndarray]] = [{} for _ in images]
+        seen: list[list[dict[str, np.ndarray]]] = [[] for _ in images]
+        view_sizes = [size for size in sizes for _ in range(count)]
+        for k, outputs in self._outputs(part, view_sizes, prepare, batch_size):
+            i = k // count
+            seen[i].append(outputs)  # in order: all have one size
+            if len(seen[i]) == count:
+                maps, seen[i] = average_views(seen[i]), []
+                depth, confidence = (resize(maps[name], *images[i].shape[:2]) for name in ("depth", "confidence"))
+                results[i] = {"depth": depth, "confidence": np.clip(confidence, 0, 1)}
+        return results
+
+    def _outputs(
+        self, part: Any, sizes: Sequence[Any], prepare: Callable[[int], np.ndarray], batch_size: int
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(i, what the model says of `prepare(i)`) for every image; those of one size come after each other."""
+        predict = compiled_predict(part)
+        for indices, rows in plan_batches(sizes, batch_size):
+            images = np.stack([prepare(i) for i in indices])
+            images = np.pad(images, ((0, rows - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
+            # one seed for all, so that sampling does not depend on an image's place in the batch
+            outputs = predict(*self.weights, {"image": images, "id": np.zeros(rows, np.int32)})
+            outputs = {name: np.asarray(values) for name, values in outputs.items()}
+            for row, i in enumerate(indices):
+                yield i, {name: values[row].copy() for name, values in outputs.items()}
 
 
-def model_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """Height and width at which an image of height x width is predicted; see `Predictor.__call__`.
+def plan_batches(sizes: Sequence[Any], batch_size: int) -> list[tuple[list[int], int]]:
+    """(indices of images of one size, rows of the batch that they go into) for images of these sizes.
+
+    The rows are `batch_size` or, for what is left of a size where that is at most half a batch, 1.
 
     Raises:
-        ValueError: the long side is more than 8 times the short side.
+        ValueError: `batch_size` is below 1.
     """
-    short, long = sorted((height, width))
-    if long > MAX_ASPECT * short:
-        raise ValueError(f"a {height}x{width} image is longer than {MAX_ASPECT} times its short side; crop it")
-    model_long = round(image_size * round(ASPECT_STEPS * long / short) / ASPECT_STEPS)
-    return (image_size, model_long) if height <= width else (model_long, image_size)
-
-
-def fit_square(image: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image as models of objects see it, the same as in their evaluation (`data.objects.evaluation`).
-
-    Its longer side becomes `size`; resizing is bilinear, with antialiasing where it shrinks. At the right, or at the
-    bottom, it is filled up with the mean of ImageNet's colours.
-
-    Args:
-        image: uint8[H,W,3] RGB.
-        size: side of the square in pixels.
-    Returns:
-        float32[size,size,3] in 0..1, and float32[2], the factors of x and y from the image to the square.
-    """
-    height, width = image.shape[:2]
-    factor = size / max(height, width)
-    new_height, new_width = (max(int(side * factor + 0.5), 1) for side in (height, width))
-    square = np.tile(IMAGENET_MEAN, (size, size, 1))
-    square[:new_height, :new_width] = _resize(image, new_height, new_width).astype(np.float32) / 255
-    return square, np.array([new_width / width, new_height / height], np.float32)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    groups: dict[Any, list[int]] = {}
+    for i, size in enumerate(sizes):
+        groups.setdefault(size, []).append(i)
+    parts = (group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size))
+    planned: list[tuple[list[int], int]] = []
+    for part in parts:
+        planned += [(part, batch_size)] if 2 * len(part) > batch_size else [([i], 1) for i in part]
+    return planned
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -202,87 +240,8 @@ def read_image(path: str | Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 1 where an image could not be read."""
-    parser = argparse.ArgumentParser(
-        prog="python -m aitok_jax.predict", description="Predicts depth, or objects, from RGB images."
-    )
-    parser.add_argument("--checkpoint", required=True, help="run directory, or directory of converted weights")
-    parser.add_argument("--task", choices=TASKS, help="what to predict (default: the first of these the model does)")
-    parser.add_argument("--image", nargs="+", action="extend", required=True, metavar="FILE", help="one or more images")
-    parser.add_argument("--out", required=True, help="folder for the results")
-    parser.add_argument(
-        "--min_score", type=float, default=0.5, help="lowest score of an object in the panel (default: %(default)s)"
-    )
-    options = parser.parse_args(argv)
-    try:
-        stems = _stems(options.image)
-        _check_score(options.min_score)
-        predictor = Predictor.load(options.checkpoint)
-        task = _chosen(options.task, predictor.tasks)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-    failed = []
-    for path, stem in tqdm(stems.items(), unit="image", disable=len(stems) == 1):
-        try:
-            image = read_image(path)
-            if task == "depth":
-                model_size(*image.shape[:2], 1)
-        except Exception as error:  # decoders raise many kinds; one bad file must not stop the others
-            tqdm.write(f"{path}: cannot be predicted: {error}", file=sys.stderr)
-            failed.append(path)
-            continue
-        target = Path(options.out) / stem
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if task == "depth":
-            _write_depth(target, image, predictor(image, task), path.name)
-        else:
-            _write_objects(target, image, predictor, task, options.min_score, path.name)
-    if failed:
-        print(f"{len(failed)} of {len(stems)} images failed: {', '.join(map(str, failed))}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _stems(names: Sequence[str]) -> dict[Path, str]:
-    """File -> NAME of its results; a file given twice counts once, two files of one NAME are an error."""
-    stems: dict[Path, str] = {}
-    for path in map(Path, names):
-        twin = next((other for other, stem in stems.items() if stem.lower() == path.stem.lower()), None)
-        if twin is None:
-            stems[path] = path.stem
-        elif twin.resolve() != path.resolve():
-            raise ValueError(
-                f"{twin} and {path} would both be written as {path.stem}_panel.png; "
-                "predict them into two folders (--out), or rename one"
-            )
-    return stems
-
-
-def _write_depth(target: Path, image: np.ndarray, maps: dict[str, np.ndarray], title: str) -> None:
-    depth, confidence = maps["depth"], maps["confidence"]
-    np.save(f"{target}_depth.npy", depth)
-    np.save(f"{target}_confidence.npy", confidence)
-    millimetres = np.clip(np.round(depth * 1000), 0, 65535).astype(np.uint16)
-    visualize.save_png(f"{target}_depth.png", millimetres)
-    panel = visualize.depth_panel(image, depth, confidence=confidence, title=title)
-    visualize.save_png(f"{target}_panel.png", panel)
-
-
-def _write_objects(
-    target: Path, image: np.ndarray, predictor: Predictor, task: str, min_score: float, title: str
-) -> None:
-    results = predictor.coco_results(image, task, image_id=target.name)
-    Path(f"{target}_instances.json").write_text(json.dumps(results))
-    shown = [result for result in results if result["score"] >= min_score]
-    objects = _arrays(shown, predictor.categories, image.shape[:2] if task == "instances" else None)
-    parts = (objects.get(name) for name in ("boxes", "classes", "scores", "masks"))
-    names = [category["name"] for category in predictor.categories]
-    visualize.save_png(f"{target}_panel.png", visualize.objects_panel(image, *parts, names, title=title))
-
-
 def _arrays(
-    results: list[dict[str, Any]], categories: Sequence[Mapping[str, Any]], mask_size: tuple[int, int] | None
+    results: list[dict[str, Any]], mask_size: tuple[int, int] | None, categories: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """COCO results of an image as `Predictor` returns them, with masks of `mask_size` (None: without)."""
     arrays: dict[str, Any] = paste.from_results(results, [category["id"] for category in categories])
@@ -325,11 +284,13 @@ def _categories(parts: Mapping[str, Any], given: Sequence[Mapping[str, Any]] | N
     return [{"id": int(category["id"]), "name": str(category["name"])} for category in given]
 
 
-def _resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8[H,W,3] or float32[H,W], bilinear and antialiased; as it is where it has the size."""
-    if array.shape[:2] == (height, width):
-        return array
-    return np.array(Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR))
+def _listed(image: Any) -> tuple[Sequence[np.ndarray], bool]:
+    """The images, all checked, and whether they were given as a list."""
+    many = isinstance(image, (list, tuple))
+    images = image if many else [image]
+    for one in images:
+        _check_image(one)
+    return images, many
 
 
 def _check_score(min_score: float) -> None:
@@ -348,4 +309,6 @@ def _check_image(image: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
+    from aitok_jax.predict_cli import main
+
     sys.exit(main())

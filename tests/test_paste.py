@@ -135,12 +135,16 @@ def test_detections_have_no_masks():
 
 def test_results_become_arrays_again():
     outputs = predicted([[2, 3, 12, 13], [5.5, 1.25, 20, 18]], masks=np.ones((2, 8, 8)))
-    arrays = from_results(to_results(outputs, 1, IDS, np.ones(2), (HEIGHT, WIDTH)), IDS)
+    results = to_results(outputs, 1, IDS, np.ones(2), (HEIGHT, WIDTH))
+    arrays = from_results(results, IDS)
     for name in ("boxes", "classes", "scores"):
         np.testing.assert_allclose(arrays[name], outputs[name], err_msg=name)
     np.testing.assert_array_equal(
         arrays["masks"], paste_masks(outputs["masks"], outputs["boxes"], HEIGHT, WIDTH) >= 0.5
     )
+    small = from_results(results, IDS, step=3)
+    np.testing.assert_allclose(small["boxes"], arrays["boxes"] / 3, rtol=1e-6)
+    np.testing.assert_array_equal(small["masks"], arrays["masks"][:, ::3, ::3])
     empty = from_results([], IDS)
     assert empty["boxes"].shape == (0, 4)
     assert len(empty["classes"]) == len(empty["scores"]) == 0

@@ -1,69 +1,21 @@
-"""The Predictor and its command line, with a toy model whose depth can be computed by hand."""
+"""The Predictor, with a toy model whose depth can be computed by hand."""
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
+from toy_depth import SHAPES, ToyTask, fake_checkpoint, picture
 
 from aitok_jax import predict
-from aitok_jax.predict import Predictor, main, model_size, read_image
-
-SHAPES = []
-
-
-@dataclass(frozen=True)
-class ToyTask:
-    """Depth = 8 x red, confidence = green; remembers the shapes that it was compiled for."""
-
-    image_size: int = 48
-    eval_crop: None = None
-    max_depth: float = 10.0
-
-    def predict(self, params, model_state, batch):
-        del model_state
-        SHAPES.append(batch["image"].shape)
-        return {"depth": params["scale"] * batch["image"][..., 0], "confidence": batch["image"][..., 1]}
+from aitok_jax.predict import Predictor, plan_batches, read_image
 
 
 @pytest.fixture
 def predictor():
     return Predictor(ToyTask(), {"scale": np.float32(8)}, {})
-
-
-@pytest.fixture
-def checkpoint(monkeypatch):
-    """A checkpoint of the toy task at any path."""
-    config = ml_collections.ConfigDict({"task": {"name": "depth", "image_size": 48}})
-    weights = {"params": {"scale": jnp.float32(8)}, "model_state": {}}
-    monkeypatch.setattr(predict.checkpoint, "load_inference", lambda path: (config, weights))
-    monkeypatch.setattr(predict.tasks, "build", lambda config: ToyTask(image_size=config.image_size))
-    return "--checkpoint=anywhere"
-
-
-def picture(height, width, seed=0):
-    """A smooth image, so that resizing changes little."""
-    rows, columns = np.mgrid[0:height, 0:width] / np.array([height, width])[:, None, None]
-    planes = [40 + 150 * rows, 60 + 100 * columns, np.full((height, width), float(seed))]
-    return np.stack(planes, -1).astype(np.uint8)
-
-
-def test_model_size():
-    assert model_size(480, 640, 480) == (480, 640)
-    assert model_size(960, 1280, 480) == (480, 640)
-    assert model_size(640, 480, 480) == (640, 480)
-    assert model_size(333, 333, 96) == (96, 96)
-    assert model_size(1080, 1920, 480) == (480, 864)
-    assert {model_size(480, width, 480)[1] for width in range(480, 3840)} <= set(range(480, 3841, 32))
-    for width in range(100, 800, 7):
-        assert abs(model_size(100, width, 480)[1] / 480 - width / 100) <= 1 / 30 + 1e-6
-    with pytest.raises(ValueError, match=r"10x81 .* crop"):
-        model_size(10, 81, 48)
 
 
 def test_image_of_the_model_size_is_not_resized(predictor):
@@ -112,6 +64,50 @@ def test_list_of_images(predictor):
     assert predictor([]) == []
 
 
+def test_images_of_one_size_are_predicted_together():
+    predictor = Predictor(ToyTask(image_size=18), {"scale": np.float32(8)}, {})
+    wide, tall = [picture(30, 40 + i, i) for i in range(2)], [picture(50, 30, i) for i in range(7)]
+    images = [*tall[:3], *wide, *tall[3:]]
+    SHAPES.clear()
+    results = predictor(images, batch_size=4)
+    # seven tall ones: four, and three filled up to four; two wide ones are half a batch and go one by one
+    assert SHAPES == [(4, 30, 18, 3), (1, 18, 24, 3)]
+    for image, maps in zip(images, results, strict=True):
+        alone = predictor(image)
+        for name in ("depth", "confidence"):
+            np.testing.assert_allclose(maps[name], alone[name], rtol=1e-6, err_msg=name)
+            assert maps[name].shape == image.shape[:2]
+            assert maps[name].flags.writeable
+    with pytest.raises(ValueError, match=r"batch_size=0 .* at least 1"):
+        predictor(images, batch_size=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 8])
+def test_batches_hold_every_image_once_and_waste_less_than_half(batch_size):
+    sizes = list(np.random.default_rng(0).choice(["wide", "tall", "square"], 50, p=[0.7, 0.2, 0.1]))
+    planned = plan_batches(sizes, batch_size)
+    assert sorted(i for indices, _ in planned for i in indices) == list(range(50))
+    for indices, rows in planned:
+        assert len({sizes[i] for i in indices}) == 1
+        assert rows in (1, batch_size)
+        assert rows / 2 < len(indices) <= rows
+    assert len(planned) < 50 or batch_size == 1
+
+
+def test_augmentation(predictor):
+    """Mirror image and enlarged corners, whose depth counts more, in batches; the default stays as it is configured."""
+    images = [picture(60, 80), picture(48, 48), picture(90, 120)]
+    SHAPES.clear()
+    results = predictor(images, augment=True)
+    # ten views of 48x64: 4, 4, and two one by one; five of 48x48: 4 and 1
+    assert SHAPES == [(4, 48, 64, 3), (1, 48, 64, 3), (4, 48, 48, 3), (1, 48, 48, 3)]
+    for image, maps in zip(images, results, strict=True):
+        red, green, _ = np.moveaxis(image / np.float32(255), -1, 0)
+        np.testing.assert_allclose(maps["depth"], (1 + 48 / 44) / 2 * (8 * red + 1), atol=0.1)
+        np.testing.assert_allclose(maps["confidence"], green, atol=0.02)
+        np.testing.assert_allclose(predictor(image)["depth"], 8 * red, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -140,69 +136,11 @@ def test_unknown_tasks_are_refused(predictor):
         predictor.coco_results(picture(30, 40))
 
 
-def test_load(checkpoint):
+def test_load(monkeypatch):
+    fake_checkpoint(monkeypatch)
     image = picture(48, 48)
     depth = Predictor.load("x")(image)["depth"]
     np.testing.assert_allclose(depth, 8 * image[..., 0].astype(np.float32) / 255, rtol=1e-6)
-
-
-def test_command_line_writes_everything(checkpoint, tmp_path):
-    image = picture(30, 40)
-    Image.fromarray(image).save(tmp_path / "room.png")
-    assert main([checkpoint, f"--image={tmp_path / 'room.png'}", "--task=depth", f"--out={tmp_path / 'a' / 'b'}"]) == 0
-    out = tmp_path / "a" / "b"
-    names = {"room_depth.npy", "room_depth.png", "room_confidence.npy", "room_panel.png"}
-    assert {path.name for path in out.iterdir()} == names
-    depth, millimetres = np.load(out / "room_depth.npy"), np.asarray(Image.open(out / "room_depth.png"))
-    assert depth.dtype == np.float32
-    assert millimetres.dtype == np.uint16
-    np.testing.assert_array_equal(depth, Predictor.load("x")(image)["depth"])
-    np.testing.assert_allclose(millimetres, depth * 1000, atol=0.51)
-    assert np.load(out / "room_confidence.npy").shape == (30, 40)
-    assert np.asarray(Image.open(out / "room_panel.png")).shape[2] == 3
-
-
-def test_broken_images_are_named_and_the_rest_goes_on(checkpoint, tmp_path, capsys):
-    for name in ("a", "d", "e"):
-        Image.fromarray(picture(30, 40)).save(tmp_path / f"{name}.png")
-    (tmp_path / "b.jpg").write_bytes(b"no image")
-    content = (tmp_path / "d.png").read_bytes()
-    (tmp_path / "d.png").write_bytes(content[: len(content) // 2])
-    Image.new("RGB", (1000, 10)).save(tmp_path / "long.png")
-    images = [str(tmp_path / name) for name in ("a.png", "b.jpg", "missing.png", "d.png", "long.png")]
-    code = main([checkpoint, "--image", *images, "--image", str(tmp_path / "e.png"), f"--out={tmp_path / 'out'}"])
-    shown = capsys.readouterr().err
-    assert code == 1
-    assert {path.name for path in (tmp_path / "out").glob("*_depth.npy")} == {"a_depth.npy", "e_depth.npy"}
-    assert all(f"{path}: cannot be predicted" in shown for path in images[1:])
-    assert "4 of 6 images failed" in shown
-    assert "6/6" in shown  # the progress bar
-
-
-def test_two_images_of_one_name_are_refused_before_any_work(checkpoint, tmp_path, capsys):
-    for folder in ("x", "y"):
-        (tmp_path / folder).mkdir()
-        Image.fromarray(picture(30, 40)).save(tmp_path / folder / "rgb.png")
-    images = [str(tmp_path / folder / "rgb.png") for folder in "xy"]
-    with pytest.raises(SystemExit) as stop:
-        main([checkpoint, "--image", *images, f"--out={tmp_path / 'out'}"])
-    assert stop.value.code == 2
-    assert "rgb_panel.png" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    assert main([checkpoint, "--image", images[0], images[0], f"--out={tmp_path / 'out'}"]) == 0
-
-
-def test_command_line_names_a_missing_checkpoint(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([f"--checkpoint={tmp_path / 'nothing'}", "--image=a.png", "--out=out"])
-    assert stop.value.code == 2
-    assert "nothing" in capsys.readouterr().err
-
-
-def test_unknown_task_on_the_command_line(checkpoint, capsys):
-    with pytest.raises(SystemExit):
-        main([checkpoint, "--task=edges", "--image=a.png", "--out=out"])
-    assert "depth" in capsys.readouterr().err
 
 
 def test_exif_orientation(tmp_path):

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
+import tiny_runs
 from PIL import Image
 from pycocotools import mask as coco_mask
+from tiny_runs import CATEGORIES
 
-from aitok_jax import checkpoint, paste, predict, tasks
+from aitok_jax import checkpoint, paste, predict, predict_cli, tasks
 from aitok_jax.data import objects
-from aitok_jax.predict import Predictor, fit_square, main
+from aitok_jax.predict import Predictor
+from aitok_jax.predict_cli import main
 from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.vocab import Vocabulary
 
@@ -30,12 +32,14 @@ class ToyObjects:
     vocabulary: Vocabulary = VOCABULARY
 
     def predict(self, params, model_state, batch):
-        white = batch["image"][0].min(-1) > 0.75
+        return jax.vmap(lambda image: self.find(params, image))(batch["image"])
+
+    def find(self, params, image):
+        white = image.min(-1) > 0.75
         edges = [f(white.any(axis)) for f in (first, last) for axis in (0, 1)]
         boxes = params["boxes"].at[0].set(jnp.stack(edges).astype(jnp.float32))
         masks = jnp.zeros((len(boxes), 4, 4)).at[:, :, :2].set(1.0)
-        outputs = {**params, "boxes": boxes} | ({"masks": masks} if self.tokenizer else {})
-        return {name: values[None] for name, values in outputs.items()}
+        return {**params, "boxes": boxes} | ({"masks": masks} if self.tokenizer else {})
 
 
 def first(is_white):
@@ -46,7 +50,6 @@ def last(is_white):
     return len(is_white) - jnp.argmax(is_white[::-1])
 
 
-CATEGORIES = [{"id": 7, "name": "cup"}, {"id": 2, "name": "dog"}, {"id": 90, "name": "sofa"}]
 TOY = {  # in a 64 x 64 input, of which an image of 100 x 200 fills the upper half
     "boxes": [
         [0, 0, 0, 0],
@@ -167,58 +170,12 @@ def test_categories():
         Predictor(ToyObjects(), {}, {}, "instances", 2 * CATEGORIES)
 
 
-@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (30, 17), (200, 333), (500, 100), (64, 64), (1, 300), (3, 1)])
-def test_objects_see_what_their_evaluation_sees(shape):
-    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    square, scale = fit_square(image, 64)
-    expected = objects.evaluation(64)({"image": image}, np.random.default_rng(0))
-    assert square.dtype == np.float32
-    np.testing.assert_array_equal(square, expected["image"])
-    np.testing.assert_array_equal(scale, expected["scale"])
-
-
-BACKBONE = {
-    "embed_dim": 8,
-    "depths": [1, 1],
-    "num_heads": [2, 2],
-    "windows": [4, 4],
-    "pretrain_windows": [4, 4],
-    "use_shift": [True, False],
-}
-TRANSFORMER = {"dim": 16, "num_heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 1, "num_tasks": 3}
-TOKENIZER = {"hidden": 4, "downsample": 8, "num_res_blocks": 0, "num_codes": 5, "code_dim": 4}
-MASKS = TOKENIZER | {"objective": "mse"}
-SIZES = {"num_bins": 20, "num_classes": 3, "num_mask_codes": 5, "num_depth_codes": 5}
-SHARED = {"backbone": BACKBONE, "transformer": {**TRANSFORMER, "max_length": 108}, "vocabulary": SIZES}
-# Weights that were never trained say the same of every object, unless they are sampled
-OBJECTS = {"image_size": 32, "num_objects": 12, "mask_size": 16, "top_p": 1.0}
-DEPTH = {"image_size": 24, "pad_to": 32, "tokenizer": TOKENIZER}
-KINDS = {
-    "detection": {"name": "instances", **SHARED, **OBJECTS},
-    "instances": {"name": "instances", **SHARED, **OBJECTS, "tokenizer": MASKS},
-    "joint": {
-        "name": "joint",
-        "shared": SHARED,
-        "depth": DEPTH,
-        "instances": {**OBJECTS, "tokenizer": MASKS},
-    },
-}
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with a checkpoint of each of `KINDS`, with random weights."""
+    """A folder with a run of each of these tasks, with random weights."""
     folder = tmp_path_factory.mktemp("runs")
-    image = {"image": np.zeros((1, 32, 32, 3), np.float32)}
-    batches = {name: image for name in KINDS}
-    batches["joint"] = {"instances": image, "depth": {**image, "depth": np.zeros((1, 24, 24), np.float32)}}
-    rng = np.random.default_rng(1)
-    for name, fields in KINDS.items():
-        config = ml_collections.ConfigDict({"task": fields, "categories": CATEGORIES})
-        shapes = jax.eval_shape(tasks.build(config.task).init, jax.random.key(0), batches[name])
-        leaves, tree = jax.tree.flatten(shapes)
-        params, model_state = tree.unflatten(np.float32(rng.normal(0, 0.3, x.shape)) for x in leaves)
-        checkpoint.save_inference(folder / name, {"params": params, "model_state": model_state}, config)
+    for name in ("detection", "instances", "joint"):
+        tiny_runs.write(folder, name)
     return folder
 
 
@@ -242,6 +199,27 @@ def test_a_checkpoint_predicts_as_its_evaluation(runs, kind, can):
     assert predictor.coco_results(image, image_id=5) == sorted(expected, key=lambda result: -result["score"])
     found = predictor([image])[0] if kind != "joint" else predictor(image, "instances")
     assert ("masks" in found) == (kind != "detection")
+
+
+def test_a_list_is_predicted_as_its_images_are(runs):
+    """Sampled with the seed of an image alone: neither the place in the batch nor what fills it up matters."""
+    predictor = Predictor.load(runs / "joint")
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((45, 80), (32, 32), (70, 20))]
+    results = predictor.coco_results(images, image_id=["a", "b", "c"])
+    found = predictor(images, "instances")
+    for name, image, objects_of, arrays in zip("abc", images, results, found, strict=True):
+        tiny_runs.assert_same_results(objects_of, predictor.coco_results(image, image_id=name))
+        assert arrays["masks"].shape == (len(objects_of), *image.shape[:2])
+        np.testing.assert_allclose(arrays["scores"], [result["score"] for result in objects_of], rtol=1e-6)
+    assert sum(map(len, results[1:])) > 0
+    assert [result["image_id"] for result in predictor.coco_results(images)[2]] == [2] * len(results[2])
+    with pytest.raises(ValueError, match=r"2 values of image_id for 3 images"):
+        predictor.coco_results(images, image_id=[1, 2])
+    with pytest.raises(ValueError, match=r"1 values of image_id for 3 images"):
+        predictor.coco_results(images, image_id="abc")
+    with pytest.raises(ValueError, match=r"augment=True is for task='depth', not for 'instances'"):
+        predictor(images, "instances", augment=True)
 
 
 def test_a_joint_model_also_predicts_depth(runs):
@@ -275,7 +253,7 @@ def test_the_panel_shows_objects_of_a_high_score(toy, monkeypatch, tmp_path):
     shown = []
     monkeypatch.setattr(Predictor, "load", lambda path: toy)
     monkeypatch.setattr(
-        predict.visualize, "objects_panel", lambda *args, **_: shown.append(args) or np.zeros((1, 1, 3), np.uint8)
+        predict_cli.visualize, "objects_panel", lambda *args, **_: shown.append(args) or np.zeros((1, 1, 3), np.uint8)
     )
     Image.fromarray(picture(100, 200)).save(tmp_path / "room.png")
     command = ["--checkpoint=x", f"--image={tmp_path / 'room.png'}", f"--out={tmp_path}"]

@@ -1,0 +1,179 @@
+"""Trained models as files that predict without this package: StableHLO by `jax.export`, and the weights.
+
+    python -m aitok_jax.export --checkpoint=RUN_OR_DIR --out=DIR [--task=depth] [--size 480 640]
+
+writes DIR/predict.jaxexport (the program, for CPU, CUDA and TPU), DIR/weights.npz and DIR/export.json (inputs, outputs,
+classes and versions), reads them back and compares what they say with the predictor. To run them takes jax, numpy and
+flatbuffers:
+
+    program = jax.export.deserialize(bytearray(open("DIR/predict.jaxexport", "rb").read()))
+    weights = dict(np.load("DIR/weights.npz"))
+    outputs = jax.jit(program.call)(weights, images)
+
+JAX promises that releases of the next six months run such a program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import aitok_jax
+from aitok_jax.predict import TASKS, Predictor, model_size
+from aitok_jax.tasks.base import compiled_predict
+from aitok_jax.tasks.solving import IMAGENET_MEAN
+
+PROGRAM, WEIGHTS, DESCRIPTION = "predict.jaxexport", "weights.npz", "export.json"
+PLATFORMS = ("cpu", "cuda", "tpu")
+TOLERANCE = 1e-5
+MEANING = {
+    "depth": "metres, at least 0.001",
+    "confidence": "0..1, 1 / (1 + s), s the standard deviation of the depth in metres",
+    "boxes": "x1 y1 x2 y2 in pixels of the input",
+    "classes": "place in `categories`, counted from 0",
+    "scores": "probability of the class among all classes and the noise label",
+    "masks": "over the box; the mask is where it is at least 0.5",
+    "valid": "False: no object",
+}
+
+
+def export(
+    predictor: Predictor, folder: str | Path, task: str | None = None, size: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Writes `task.predict` as a program (weights, images) -> outputs for any batch, its weights and a description.
+
+    `images` are float32[batch,H,W,3] RGB in 0..1 as the model sees them: resized as `Predictor` does for depth, padded
+    squares as of `predict.fit_square` for objects. The outputs are those of the task: `depth` and `confidence`
+    float32[batch,H,W]; or `boxes`, `classes`, `scores`, `valid` and, for instances, `masks`, as `InstancesTask.predict`
+    says. Sampling (`top_p`) has the predictor's seed.
+
+    Args:
+        folder: where to; made where absent.
+        task: one of `predictor.tasks`; None is the first of them.
+        size: for depth, height and width of the images to be predicted, which are resized to what the model sees of
+            them; None is a square.
+    Returns:
+        What is written to export.json.
+    Raises:
+        ValueError: a task that this model does not do, or a size that does not fit it.
+    """
+    task = predictor.choose(task)
+    part = predictor.parts[task]
+    if size is not None and task != "depth":
+        raise ValueError(f"size={tuple(size)} is for task='depth'; objects are predicted on squares: leave it out")
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size={tuple(size)} must be a height and a width in pixels, at least 1")
+    height, width = model_size(*(size or (1, 1)), part.image_size)
+
+    def predict(weights: Mapping[str, jax.Array], images: jax.Array) -> dict[str, jax.Array]:
+        tree = unflatten_dict(weights, sep="/")
+        batch = {"image": images, "id": jnp.zeros(images.shape[:1], jnp.int32)}
+        outputs = part.predict(tree["params"], tree.get("model_state", {}), batch)
+        return {name: x for name, x in outputs.items() if (task, name) != ("detection", "masks")}
+
+    weights = _flat_weights(predictor)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
+    images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), height, width, 3), np.float32)
+    program = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(shapes, images)
+    description = _description(predictor, task, program, images)
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PROGRAM).write_bytes(program.serialize())
+    np.savez(folder / WEIGHTS, **weights)
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    return description
+
+
+def load(folder: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Reads what `export` wrote: a function of images float32[batch,H,W,3], compiled once for each batch size."""
+    program = jax.export.deserialize(bytearray((Path(folder) / PROGRAM).read_bytes()))
+    with np.load(Path(folder) / WEIGHTS) as file:
+        weights = jax.device_put(dict(file))
+    call = jax.jit(program.call)
+    return lambda images: jax.device_get(call(weights, images))
+
+
+def compare(predictor: Predictor, folder: str | Path, batch_size: int = 2) -> dict[str, float]:
+    """How far the files in `folder` are from the predictor that they were made of, on random images.
+
+    Returns:
+        For each output the largest difference, absolute up to 1 and relative beyond.
+    """
+    description = json.loads((Path(folder) / DESCRIPTION).read_text())
+    images = np.random.default_rng(0).random((batch_size, *description["input"]["shape"][1:]), np.float32)
+    found = load(folder)(images)
+    predict = compiled_predict(predictor.parts[description["task"]])
+    expected = predict(*predictor.weights, {"image": images, "id": np.zeros(batch_size, np.int32)})
+    pairs = {name: (np.float64(found[name]), np.float64(expected[name])) for name in description["outputs"]}
+    return {name: float(np.max(np.abs(a - b) / np.maximum(1, np.abs(b)))) for name, (a, b) in pairs.items()}
+
+
+def _flat_weights(predictor: Predictor) -> dict[str, np.ndarray]:
+    params, model_state = predictor.weights
+    flat = flatten_dict({"params": params, "model_state": model_state}, sep="/")
+    return {name: np.asarray(x) for name, x in sorted(flat.items())}
+
+
+def _description(
+    predictor: Predictor, task: str, program: jax.export.Exported, images: jax.ShapeDtypeStruct
+) -> dict[str, Any]:
+    def described(aval):
+        shape = [d if isinstance(d, int) else str(d) for d in aval.shape]
+        return {"shape": shape, "dtype": str(aval.dtype)}
+
+    fill = [round(float(x), 6) for x in IMAGENET_MEAN]
+    how = {"depth": "resized bilinearly (antialiased where it shrinks) to this size, divided by 255"}
+    objects = "longer side resized likewise to this size, divided by 255, filled up at the right or bottom with "
+    outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
+    return {
+        "task": task,
+        "input": {**described(images), "range": [0, 1], "colour": "RGB", "how": how.get(task, f"{objects}{fill}")},
+        "outputs": {name: {**described(aval), "meaning": MEANING[name]} for name, aval in sorted(outputs.items())},
+        "categories": predictor.categories if task != "depth" else [],
+        "platforms": list(program.platforms),
+        "versions": {module.__name__: module.__version__ for module in (aitok_jax, jax, jaxlib)},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 1 where the files say something else than the predictor."""
+    parser = argparse.ArgumentParser(
+        prog="python -m aitok_jax.export",
+        description="Writes a trained model as StableHLO that runs without aitok_jax.",
+    )
+    parser.add_argument("--checkpoint", required=True, help="run directory, or directory of converted weights")
+    parser.add_argument("--out", required=True, help="folder for the files")
+    parser.add_argument("--task", choices=TASKS, help="what it predicts (default: the first of these the model does)")
+    parser.add_argument(
+        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the images, for depth (default: a square)"
+    )
+    options = parser.parse_args(argv)
+    try:
+        predictor = Predictor.load(options.checkpoint)
+        description = export(predictor, options.out, options.task, options.size)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(json.dumps({name: description[name] for name in ("task", "input", "outputs")}, indent=2))
+    worst = compare(predictor, options.out)
+    for name, difference in worst.items():
+        print(f"{name}: differs from the predictor by {difference:.1e}")
+    if not all(difference <= TOLERANCE for difference in worst.values()):
+        print(f"more than {TOLERANCE}: do not use {options.out}; please report this", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Exported models: what their files say, in this process and in one that has never heard of this package."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+
+from aitok_jax import export, paste
+from aitok_jax.predict import Predictor
+
+NEEDED = ("jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy", "flatbuffers")
+FOREIGN = """
+import sys
+sys.path[:] = [path for path in sys.path if "site-packages" not in path] + [sys.argv[1]]
+try:
+    import aitok_jax
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("aitok_jax can be imported")
+import jax, jax.export, numpy as np
+folder = sys.argv[2]
+program = jax.export.deserialize(bytearray(open(folder + "/predict.jaxexport", "rb").read()))
+weights = dict(np.load(folder + "/weights.npz"))
+images = np.load(folder + "/images.npy")
+np.savez(folder + "/outputs.npz", **jax.jit(program.call)(weights, images))
+"""
+CASES = {"depth": ("depth", (24, 32)), "joint": ("depth", None), "instances": ("instances", None)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {kind: tiny_runs.write(folder, kind) for kind in tiny_runs.KINDS}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with what JAX itself needs, and nothing else, to import from."""
+    folder = tmp_path_factory.mktemp("site")
+    for name in NEEDED:
+        package = Path(importlib.util.find_spec(name).origin).parent
+        for place in (package, package.parent / f"{name}.libs"):
+            if place.exists():
+                (folder / place.name).symlink_to(place)
+    return folder
+
+
+def foreign(site, folder, images):
+    """The outputs of the files in `folder`, from a process without this package."""
+    np.save(folder / "images.npy", images)
+    command = [sys.executable, "-I", "-S", "-c", FOREIGN, str(site), str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env={"JAX_PLATFORMS": "cpu"})
+    assert result.returncode == 0, result.stderr
+    with np.load(folder / "outputs.npz") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_files_say_what_the_predictor_says_without_the_package(runs, site, tmp_path, kind):
+    """Parallel and autoregressive depth, and objects, sampled."""
+    task, size = CASES[kind]
+    predictor = Predictor.load(runs[kind])
+    description = export.export(predictor, tmp_path, task, size)
+    _, height, width, _ = description["input"]["shape"]
+    images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+    outputs = foreign(site, tmp_path, images.astype(np.float32) / 255)
+    if task == "depth":
+        for i, maps in enumerate(predictor(list(images), "depth")):  # of the model's size, so that nothing is resized
+            for name in ("depth", "confidence"):
+                assert outputs[name].dtype == np.float32
+                np.testing.assert_allclose(outputs[name][i], maps[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    else:
+        for i, expected in enumerate(predictor.coco_results(list(images), task)):
+            row = {name: values[i] for name, values in outputs.items()}
+            found = paste.to_results(row, i, [7, 2, 90], np.ones(2), (height, width))
+            found.sort(key=lambda result: -result["score"])
+            tiny_runs.assert_same_results(found, expected)
+        assert sum(map(len, predictor.coco_results(list(images), task)))
+
+
+def test_any_batch(runs, tmp_path):
+    predictor = Predictor.load(runs["depth"])
+    description = export.export(predictor, tmp_path)
+    assert description["input"]["shape"] == ["batch", 24, 24, 3]
+    call = export.load(tmp_path)
+    for count in (1, 3):
+        assert call(np.zeros((count, 24, 24, 3), np.float32))["depth"].shape == (count, 24, 24)
+    assert export.compare(predictor, tmp_path, 3) == pytest.approx({"depth": 0, "confidence": 0}, abs=1e-5)
+
+
+def test_detection_of_a_model_of_instances_leaves_out_the_masks(runs, tmp_path):
+    predictor = Predictor.load(runs["joint"])
+    description = export.export(predictor, tmp_path, "detection")
+    assert set(description["outputs"]) == {"boxes", "classes", "scores", "valid"}
+    assert description["categories"] == tiny_runs.CATEGORIES
+
+
+def test_description(runs, tmp_path):
+    written = export.export(Predictor.load(runs["joint"]), tmp_path, "depth", (96, 72))
+    description = json.loads((tmp_path / "export.json").read_text())
+    assert description == written
+    assert description["task"] == "depth"
+    assert description["input"]["shape"] == ["batch", 32, 24, 3]
+    assert description["input"]["dtype"] == "float32"
+    assert description["input"]["range"] == [0, 1]
+    assert description["outputs"]["depth"]["shape"] == ["batch", 32, 24]
+    assert "metres" in description["outputs"]["depth"]["meaning"]
+    assert description["platforms"] == ["cpu", "cuda", "tpu"]
+    assert description["versions"]["jax"] == jax.__version__
+    assert {path.name for path in tmp_path.iterdir()} == {"predict.jaxexport", "weights.npz", "export.json"}
+
+
+def test_wrong_arguments_are_refused(runs, tmp_path):
+    predictor = Predictor.load(runs["joint"])
+    with pytest.raises(ValueError, match=r"task='edges'"):
+        export.export(predictor, tmp_path, "edges")
+    with pytest.raises(ValueError, match=r"size=\(32, 32\) is for task='depth'.*leave it out"):
+        export.export(predictor, tmp_path, "instances", (32, 32))
+    with pytest.raises(ValueError, match=r"size=\(0, 32\) must be"):
+        export.export(predictor, tmp_path, "depth", (0, 32))
+    with pytest.raises(ValueError, match="10x100"):
+        export.export(predictor, tmp_path, "depth", (10, 100))
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line(runs, tmp_path, capsys):
+    assert export.main([f"--checkpoint={runs['depth']}", f"--out={tmp_path / 'a'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "depth: differs from the predictor by 0" in shown
+    with pytest.raises(SystemExit) as stop:
+        export.main([f"--checkpoint={tmp_path / 'nothing'}", f"--out={tmp_path / 'b'}"])
+    assert stop.value.code == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_files_that_say_something_else_are_found(runs, tmp_path, capsys, monkeypatch):
+    write = np.savez
+
+    def other_weights(path, **weights):
+        name = next(name for name in weights if name.endswith("decoder/layers_0/bias"))
+        write(path, **{**weights, name: weights[name] + np.float32(1e-2)})
+
+    monkeypatch.setattr(np, "savez", other_weights)
+    assert export.main([f"--checkpoint={runs['depth']}", f"--out={tmp_path}"]) == 1
+    assert "do not use" in capsys.readouterr().err
+    monkeypatch.setattr(export, "compare", lambda *_: {"depth": float("nan")})
+    assert export.main([f"--checkpoint={runs['depth']}", f"--out={tmp_path}"]) == 1
