@@ -179,7 +179,7 @@ def test_muon_is_that_of_optax_one_matrix_after_the_other():
     transforms = [optim.make_optimizer(config, 10), theirs, adam]
     states = [transform.init(params) for transform in transforms]
     for step in range(3):
-        grads = jax.tree.map(lambda x: x * (step + 1.0) + jnp.roll(x, step), params)
+        grads = jax.tree.map(lambda x, step=step: x * (step + 1.0) + jnp.roll(x, step), params)
         results = [jax.jit(t.update)(grads, s, params) for t, s in zip(transforms, states, strict=True)]
         (ours, by_optax, by_adam), states = zip(*results, strict=True)
         for name in ("a", "b", "c", "conv"):
