@@ -158,10 +158,15 @@ def _scale_by_muon() -> optax.GradientTransformation:
     """Muon: the momentum's singular values all become about 1, scaled to Adam's usual size (arXiv 2502.16982).
 
     A convolution's kernel is the matrix [height·width·in, out]. Matrices of one shape are orthogonalised together, as
-    one batch, and the wide way round, which is several times faster than one after the other.
+    one batch, and the wide way round, which is several times faster than one after the other. Three iterations after
+    scaling by the Schatten norm (arXiv 2506.10935) do about as well as the usual five.
     """
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=lambda stacks: jax.tree.map(lambda _: axes, stacks))
+    muon = optax.contrib.scale_by_muon(
+        ns_steps=3,
+        preconditioning="schatten",
+        weight_dimension_numbers=lambda stacks: jax.tree.map(lambda _: axes, stacks),
+    )
 
     def update(updates, state, params=None):
         leaves, structure = jax.tree.flatten(updates)

@@ -179,7 +179,7 @@ def joint(smoke: bool) -> dict:
     objects = {"size": SIZE, "num_objects": OBJECTS, "jitter": (1.0, 1.0), "order": "left_to_right"}
     data = {"depth": depth_data("solver", smoke), "instances": object_data("coco", smoke, **objects)}
     task = {"name": "joint", "shared": shared_fields(False), **parts}
-    solver = stage("joint", task, data, {"depth": 2, "instances": 8}, 4500, smoke)
+    solver = stage("joint", task, data, {"depth": 2, "instances": 8}, 6000, smoke)
     solver["start_from"] = {
         "model_state/depth_tokenizer": "{workdir}/tokenizer",
         "model_state/mask_tokenizer": "{workdir}/mask_tokenizer",

@@ -174,7 +174,9 @@ def test_muon_is_that_of_optax_one_matrix_after_the_other():
     for name in ("a", "b", "c"):
         numbers[name]["kernel"] = axes(0, 1)
     numbers["conv"]["kernel"] = axes((0, 1, 2), 3)
-    theirs = optax.contrib.muon(1e-2, consistent_rms=0.2, muon_weight_dimension_numbers=numbers)
+    theirs = optax.contrib.muon(
+        1e-2, ns_steps=3, preconditioning="schatten", consistent_rms=0.2, muon_weight_dimension_numbers=numbers
+    )
     adam = optim.make_optimizer(_config(name="adam", weight_decay=0.0), 10)
     transforms = [optim.make_optimizer(config, 10), theirs, adam]
     states = [transform.init(params) for transform in transforms]
