@@ -1,4 +1,4 @@
-"""Whole runs through the ordinary entry points: built-in scenes, the real frames, stop and go on, the predictor."""
+"""Whole runs through the ordinary entry points: built-in scenes, stop and go on, the predictor."""
 
 import json
 
@@ -118,23 +118,3 @@ def test_stop_and_go_on_is_bit_for_bit(quickstart, tmp_path, monkeypatch, stage)
 
     whole, parts = state(workdir / stage), state(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
-
-
-def test_tokenizer_on_the_real_frames(nyu_frames, tmp_path):
-    """The published layout, crops and evaluation; a short run halves the tokenizer's RMSE, or nearly so."""
-    data = tmp_path / "nyu"
-    data.mkdir()
-    for scene in nyu_frames.iterdir():
-        (data / scene.name).symlink_to(scene)
-    config = configs.load("vqvae_depth", "hidden=4,learning_rate=0.003")
-    config.data.root, config.data.train_list, config.data.test_list = str(data), "list.txt", "list.txt"
-    config.data.test_subfolder, config.data.cache = "", True
-    config.data.size = config.task.image_size = 160
-    config.log_every = 10
-
-    def rmse(steps):
-        config.train_steps = steps
-        return train.train(config, tmp_path / f"run{steps}")["tokenizer/rmse"]
-
-    before, after = rmse(1), rmse(150)
-    assert after < 0.6 * before
