@@ -2,8 +2,8 @@
 
     python -m aitok_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Arguments: `configs/quickstart.py:parallel` (depth alone, all tokens in one pass; objects need steps), `:smoke` (a few
-steps of everything, for tests).
+Arguments: `configs/quickstart.py:parallel` (depth alone, all tokens in one pass; objects need steps), `:long` (more
+scenes and steps, for better weights), `:smoke` (a few steps of everything, for tests).
 
 WORKDIR/metrics.json then holds depth/… and instances/… (soft decoding), depth_hard/… and instances_hard/… (the same
 weights, hard decoding), baseline/… (the mean depth map of the training set), tokenizer/… and mask_tokenizer/… (tokenize
@@ -37,10 +37,15 @@ MASK_TOKENIZER = DEPTH_TOKENIZER | {
     "soft_temperature": 1.0,
 }
 TOKENS = OBJECTS * (5 + (CROP // MASK_TOKENIZER["downsample"]) ** 2)  # of an image's objects; its depth has fewer
+QUICK = {"scenes": 9000, "test_scenes": 300, "eval_batch_size": 64, "log_every": 50}
+QUICK |= {"tokenizer": 1500, "mask_tokenizer": 2000, "joint": 6000, "depth": 5000}  # steps of the stages
+LONG = QUICK | {"scenes": 24000, "tokenizer": 4000, "mask_tokenizer": 4000, "joint": 18000, "depth": 15000}
+SMOKE = {"scenes": 96, "test_scenes": 16, "eval_batch_size": 16, "log_every": 4}
+SMOKE |= {"tokenizer": 8, "mask_tokenizer": 8, "joint": 8, "depth": 8}
 HARD = {"soft_input": False, "soft_detokenize": False}
 
 
-def data_fields(name: str, smoke: bool, **fields) -> dict:
+def data_fields(name: str, budget: dict, **fields) -> dict:
     """Of one reader; all read the same scenes."""
     return {
         "name": name,
@@ -50,8 +55,8 @@ def data_fields(name: str, smoke: bool, **fields) -> dict:
         "expected_train": 0,
         "expected_test": 0,
         "render": {
-            "train": 96 if smoke else 9000,
-            "test": 16 if smoke else 300,
+            "train": budget["scenes"],
+            "test": budget["test_scenes"],
             "height": SIZE,
             "width": SIZE,
             "seed": 0,
@@ -61,21 +66,20 @@ def data_fields(name: str, smoke: bool, **fields) -> dict:
     }
 
 
-def depth_data(recipe: str, smoke: bool) -> dict:
+def depth_data(recipe: str, budget: dict) -> dict:
     fields = {"train_list": "train.txt", "test_list": "test.txt", "train_subfolder": "", "test_subfolder": ""}
     fields |= {"size": SIZE, "recipe": recipe, "columns": (), "color": False, "cutdepth": "off"}
-    return data_fields("nyu", smoke, **fields)
+    return data_fields("nyu", budget, **fields)
 
 
-def object_data(name: str, smoke: bool, **fields) -> dict:
+def object_data(name: str, budget: dict, **fields) -> dict:
     annotations = {f"{part}_annotations": f"annotations/instances_{part}.json" for part in ("train", "test")}
     folders = {"train_images": "", "test_images": ""}
-    return data_fields(name, smoke, mask_size=CROP, **annotations, **folders, **fields)
+    return data_fields(name, budget, mask_size=CROP, **annotations, **folders, **fields)
 
 
-def stage(name: str, task: dict, data: dict, batch_size: int | dict, steps: int, smoke: bool) -> dict:
-    tokenizer, steps = "tokenizer" in name, 8 if smoke else steps
-    evaluated = 16 if smoke else 64
+def stage(name: str, task: dict, data: dict, batch_size: int | dict, budget: dict) -> dict:
+    tokenizer, steps, evaluated = "tokenizer" in name, budget[name], budget["eval_batch_size"]
     return {
         "name": name,
         "seed": 0,
@@ -84,7 +88,7 @@ def stage(name: str, task: dict, data: dict, batch_size: int | dict, steps: int,
         "batch_size": batch_size,
         "eval_batch_size": dict.fromkeys(batch_size, evaluated) if isinstance(batch_size, dict) else evaluated,
         "train_steps": steps,
-        "log_every": 4 if smoke else 50,
+        "log_every": budget["log_every"],
         "eval_every": 0,
         "checkpoint_every": 1000,
         "keep_checkpoints": 1,
@@ -165,21 +169,21 @@ def instance_fields() -> dict:
     }
 
 
-def parallel_depth(smoke: bool) -> dict:
+def parallel_depth(budget: dict) -> dict:
     task = {"name": "depth", **shared_fields(True), **depth_fields(True)}
-    solver = stage("depth", task, depth_data("solver", smoke), 8, 5000, smoke)
+    solver = stage("depth", task, depth_data("solver", budget), 8, budget)
     solver["start_from"] = {"model_state/depth_tokenizer": "{workdir}/tokenizer"}
     solver["eval_variants"] = {"depth_hard": HARD}
     solver["eval_baseline"] = True
     return solver
 
 
-def joint(smoke: bool) -> dict:
+def joint(budget: dict) -> dict:
     parts = {"depth": {**depth_fields(False), "loss_weight": 0.3}, "instances": instance_fields()}
     objects = {"size": SIZE, "num_objects": OBJECTS, "jitter": (1.0, 1.0), "order": "left_to_right"}
-    data = {"depth": depth_data("solver", smoke), "instances": object_data("coco", smoke, **objects)}
+    data = {"depth": depth_data("solver", budget), "instances": object_data("coco", budget, **objects)}
     task = {"name": "joint", "shared": shared_fields(False), **parts}
-    solver = stage("joint", task, data, {"depth": 2, "instances": 8}, 6000, smoke)
+    solver = stage("joint", task, data, {"depth": 2, "instances": 8}, budget)
     solver["start_from"] = {
         "model_state/depth_tokenizer": "{workdir}/tokenizer",
         "model_state/mask_tokenizer": "{workdir}/mask_tokenizer",
@@ -190,14 +194,14 @@ def joint(smoke: bool) -> dict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, parallel=False, smoke=False)
+    arg = parse_arg(arg, parallel=False, long=False, smoke=False)
+    budget = SMOKE if arg.smoke else LONG if arg.long else QUICK
     task = {"name": "depth_tokenizer", "image_size": SIZE, "mask_ratio": 0.0, "tokenizer": DEPTH_TOKENIZER}
-    stages = {"tokenizer": stage("tokenizer", task, depth_data("tokenizer", arg.smoke), 16, 1500, arg.smoke)}
+    stages = {"tokenizer": stage("tokenizer", task, depth_data("tokenizer", budget), 16, budget)}
     if arg.parallel:
-        stages["depth"] = parallel_depth(arg.smoke)
+        stages["depth"] = parallel_depth(budget)
     else:
         task = {"name": "mask_tokenizer", "image_size": CROP, "tokenizer": MASK_TOKENIZER}
-        masks = object_data("coco_masks", arg.smoke)
-        stages["mask_tokenizer"] = stage("mask_tokenizer", task, masks, 64, 2000, arg.smoke)
-        stages["joint"] = joint(arg.smoke)
+        stages["mask_tokenizer"] = stage("mask_tokenizer", task, object_data("coco_masks", budget), 64, budget)
+        stages["joint"] = joint(budget)
     return ConfigDict({"stages": stages})
