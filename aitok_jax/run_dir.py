@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,12 +102,26 @@ def _event_writer(path: Path) -> Any:
     return metric_writers.SummaryWriter(str(path))
 
 
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, with '-dirty' where it was changed; None without one."""
+    is_tracked = ["ls-files", "--error-unmatch", __file__]  # an installed copy may lie inside of somebody's repository
+    describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        for args in (is_tracked, describe):
+            command = ["git", "-C", str(Path(__file__).parent), *args]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return output.strip()
+
+
 def environment(mesh: Mesh) -> dict[str, Any]:
-    """Versions of what computes, and the devices."""
+    """Commit and versions of what computes, and the devices."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     device = jax.devices()[0]
     devices = {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
-    return {"versions": versions, "devices": devices | {"hosts": jax.process_count(), "mesh": dict(mesh.shape)}}
+    devices |= {"hosts": jax.process_count(), "mesh": dict(mesh.shape)}
+    return {"commit": commit(), "versions": versions, "devices": devices}

@@ -188,6 +188,10 @@ def test_a_run_trains_logs_evaluates_and_compiles_once(toy, tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
     environment = json.loads((tmp_path / "env.json").read_text())
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert head.stdout.startswith((environment["commit"] or "").removesuffix("-dirty"))
+    assert bool(environment["commit"]) == (head.returncode == 0)
     assert environment["versions"]["jax"] == jax.__version__
     assert environment["devices"]["count"] == 8
     events = b"".join(file.read_bytes() for file in tmp_path.glob("events.out.tfevents.*"))
