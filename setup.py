@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["aitok_jax", "aitok_jax.*"]),
+    package_data={"aitok_jax": ["builtin/**/*"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",

@@ -21,6 +21,7 @@ from aitok_jax.train_state import TrainState
 
 LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+BUILTIN = "builtin"  # names the weights that come with the package, in a folder of that name
 VOCABULARY_TABLES = ("voc_embed", "outp_bias")
 # A run goes on only where these agree with its checkpoint; all else (lengths, intervals, paths) may change.
 FIXED_KEYS = ("name", "seed", "batch_size", "task", "optim.name", "ema_decay")
@@ -118,20 +119,26 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(keys, simple=True, separator="/"): tuple(leaf.shape) for keys, leaf in leaves}
 
 
+def locate(path: str | Path) -> Path:
+    """`path`, or where the weights that come with the package are for 'builtin' (a folder of yours is './builtin')."""
+    return Path(__file__).parent / BUILTIN if str(path) == BUILTIN else Path(path)
+
+
 def load_inference(path: str | Path, step: int | None = None) -> tuple[ConfigDict, dict[str, Any]]:
     """Configuration and weights of a run, without its training state.
 
     Args:
-      path: a run directory, its checkpoints/ directory, or one checkpoint in it.
+      path: a run directory, its checkpoints/ directory, or one checkpoint in it; or 'builtin' (see `locate`).
       step: which checkpoint; the latest where None.
 
     Returns:
-      The run's config (lists where it had tuples) and {'params', 'model_state'}: nested dicts of NumPy arrays.
+      The run's config (lists where it had tuples) and {'params', 'model_state'}: nested dicts of NumPy arrays, float32
+      where they are stored as float16 to save space.
 
     Raises:
       FileNotFoundError: no checkpoint there, or not of that step.
     """
-    folder, steps = _find_checkpoints(Path(path))
+    folder, steps = _find_checkpoints(locate(path))
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {path}; give a run directory, its {FOLDER}/ or one checkpoint in it")
     step = max(steps) if step is None else step
@@ -142,7 +149,8 @@ def load_inference(path: str | Path, step: int | None = None) -> tuple[ConfigDic
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
         items = manager.restore(step, args=ocp.args.Composite(inference=restore, config=ocp.args.JsonRestore()))
-    return ConfigDict(items.config).lock(), items.inference
+    weights = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float16 else x, items.inference)
+    return ConfigDict(items.config).lock(), weights
 
 
 def latest_step(path: str | Path) -> int:

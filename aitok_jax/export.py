@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m aitok_jax.export",
         description="Writes a trained model as StableHLO that runs without aitok_jax.",
     )
-    parser.add_argument("--checkpoint", required=True, help="run directory, or directory of converted weights")
+    parser.add_argument("--checkpoint", required=True, help="run directory, directory of converted weights, or builtin")
     parser.add_argument("--out", required=True, help="folder for the files")
     parser.add_argument("--task", choices=TASKS, help="what it predicts (default: the first of these the model does)")
     parser.add_argument(

@@ -56,7 +56,9 @@ class Predictor:
 
     @classmethod
     def load(cls, path: str | Path) -> Predictor:
-        """Reads a run directory or a directory of converted weights; the classes' names are its config's `categories`.
+        """Reads a run directory, a directory of converted weights, or 'builtin', the small model that comes along.
+
+        The classes' names are its config's `categories`.
 
         Raises:
             FileNotFoundError: no checkpoint there.

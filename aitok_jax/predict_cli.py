@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m aitok_jax.predict", description="Predicts depth, or objects, from RGB images."
     )
-    parser.add_argument("--checkpoint", required=True, help="run directory, or directory of converted weights")
+    parser.add_argument("--checkpoint", required=True, help="run directory, directory of converted weights, or builtin")
     parser.add_argument("--task", choices=TASKS, help="what to predict (default: the first of these the model does)")
     parser.add_argument(
         "--image",

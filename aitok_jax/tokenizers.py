@@ -50,14 +50,15 @@ class _Tokenizer:
 
         Args:
           path: the run directory of a tokenizer; that of a solver, whose frozen tokenizer is taken; a directory of
-            converted weights of either; or a weight file (.pt, .pth, .safetensors, .npz under the published names), of
-            a tokenizer or a solver, whose architecture is read off its shapes.
+            converted weights of either; 'builtin', for the small one that comes with the package; or a weight file
+            (.pt, .pth, .safetensors, .npz under the published names), of a tokenizer or a solver, whose architecture
+            is read off its shapes.
 
         Raises:
           FileNotFoundError: nothing there.
           ValueError: a directory or file of something else, or one that is damaged (see `convert.files.read_weights`).
         """
-        if Path(path).is_dir():
+        if checkpoint.locate(path).is_dir():
             return cls(*cls._from_directory(path))
         return cls(*cls._from_file(path))
 
