@@ -22,12 +22,18 @@
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 from PIL import Image
 
 from aitok_jax import Predictor, pointcloud
 from aitok_jax.data import scenes
 from aitok_jax.predict import read_image
 from aitok_jax.visualize import depth_panel, objects_panel
+
+
+def show(picture):
+    display(Image.fromarray(picture), include=["image/jpeg"])
+
 
 # %% [markdown]
 # ## Load
@@ -44,7 +50,7 @@ print("knows:", ", ".join(category["name"] for category in predictor.categories)
 # way out. Change `SEED` for another room, or give `PHOTO` a file of your own.
 
 # %%
-SEED, PHOTO = 1_000_003, None
+SEED, PHOTO = 1_000_005, None
 
 scene = scenes.render(SEED, 384, 384)
 image = scene.image if PHOTO is None else read_image(PHOTO)  # uint8[H,W,3] RGB
@@ -59,7 +65,7 @@ truth = scene.depth if PHOTO is None else None
 
 # %%
 result = predictor(image, task="depth")
-Image.fromarray(depth_panel(image, result["depth"], truth=truth, confidence=result["confidence"]))
+show(depth_panel(image, result["depth"], truth=truth, confidence=result["confidence"]))
 
 # %% [markdown]
 # ## Objects
@@ -71,9 +77,7 @@ Image.fromarray(depth_panel(image, result["depth"], truth=truth, confidence=resu
 objects = predictor(image, task="instances", min_score=0.3)
 names = [category["name"] for category in predictor.categories]
 known = {"boxes": scene.boxes, "classes": scene.classes, "masks": scene.masks} if PHOTO is None else None
-Image.fromarray(
-    objects_panel(image, objects["boxes"], objects["classes"], objects["scores"], objects["masks"], names, truth=known)
-)
+show(objects_panel(image, *(objects[key] for key in ("boxes", "classes", "scores", "masks")), names, truth=known))
 
 # %% [markdown]
 # ## Many images, and how good it is
@@ -92,8 +96,8 @@ def rmse(results):
 
 
 plain = predictor(images, task="depth", batch_size=8)
-print(f"RMSE over {len(unseen)} rooms: {rmse(plain):.3f} m; with augment: ", end="")
-print(f"{rmse(predictor(images, task='depth', augment=True, batch_size=8)):.3f} m")
+augmented = predictor(images, task="depth", augment=True, batch_size=8)
+print(f"RMSE over {len(unseen)} rooms: {rmse(plain):.3f} m; with augment: {rmse(augmented):.3f} m")
 
 # %% [markdown]
 # Is the confidence worth something? Sort the pixels by it: those the model is surest of should have the smallest

@@ -20,6 +20,7 @@
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 from PIL import Image
 
 from aitok_jax import DepthTokenizer, MaskTokenizer
@@ -27,6 +28,11 @@ from aitok_jax.data import scenes
 from aitok_jax.data.objects import crop_masks
 from aitok_jax.tokenizers import parse_text, write_text
 from aitok_jax.visualize import depth_panel
+
+
+def show(picture):
+    display(Image.fromarray(picture), include=["image/jpeg"])
+
 
 # %% [markdown]
 # ## Depth to tokens and back
@@ -44,7 +50,7 @@ print(ids.reshape(rows, columns))
 
 # %%
 decoded = tokenizer.decode(ids)
-Image.fromarray(depth_panel(scene.image, decoded, truth=scene.depth))
+show(depth_panel(scene.image, decoded, truth=scene.depth))
 
 # %% [markdown]
 # ## What a code stands for

@@ -11,8 +11,9 @@
 # %% [markdown]
 # # Train a small solver, and see what soft tokens are worth
 #
-# Trains a depth solver on built-in scenes for a few minutes, on two CPU cores, with the tokenizer that comes with the
-# package. Then the same weights decode with soft and with hard tokens.
+# Trains a depth solver on built-in scenes for a few minutes, on two CPU cores. As the published solver starts from a
+# pretrained backbone and a finished tokenizer, this one starts from those that come with the package; its transformer
+# starts from nothing. Then the same weights decode with soft and with hard tokens.
 #
 # The notebook needs the package: `%pip install <its checkout or address>` in a cell above this one.
 
@@ -23,12 +24,18 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 from ml_collections import ConfigDict
 from PIL import Image
 
 from aitok_jax import Predictor, checkpoint, tasks, train
 from aitok_jax.data import scenes
 from aitok_jax.visualize import depth_panel
+
+
+def show(picture):
+    display(Image.fromarray(picture), include=["image/jpeg"])
+
 
 # %% [markdown]
 # ## A configuration
@@ -38,7 +45,7 @@ from aitok_jax.visualize import depth_panel
 # steps.
 
 # %%
-STEPS, SCENES = 600, 1500
+STEPS, SCENES = 300, 1000
 
 base = checkpoint.load_inference("builtin")[0].to_dict()
 task = {**base["task"]["shared"], **base["task"]["depth"], "name": "depth", "soft_input": False, "input_noise": 0.0}
@@ -48,8 +55,11 @@ data["render"] |= {"train": SCENES, "test": 100}
 
 changed = {"name": "tiny", "task": task, "data": data, "batch_size": 8, "eval_batch_size": 50, "train_steps": STEPS}
 config = ConfigDict({**base, **changed})
-config.checkpoint_every, config.optim.warmup_steps = 0, 50
-config.start_from = {"model_state/depth_tokenizer": "builtin"}  # frozen: its codes are what the solver shall predict
+config.checkpoint_every, config.optim.warmup_steps, config.ema_decay = 100, 50, 0.98
+config.start_from = {
+    "params/backbone": "builtin",
+    "model_state/depth_tokenizer": "builtin",  # frozen: its codes are what the solver shall predict
+}
 config.eval_variants = {"hard": {"soft_detokenize": False}}
 
 # %% [markdown]
@@ -85,12 +95,12 @@ soft_task = tasks.build(config.task)
 hard_task = dataclasses.replace(soft_task, soft_detokenize=False)
 soft, hard = (Predictor(task, weights["params"], weights["model_state"]) for task in (soft_task, hard_task))
 
-rooms = [scenes.render(1_000_000 + i, 64, 64) for i in range(3)]
+rooms = [scenes.render(1_000_000 + i, 64, 64) for i in range(2)]
 panels = []
 for room in rooms:
     for name, predictor in {"soft": soft, "hard": hard}.items():
         panels.append(depth_panel(room.image, predictor(room.image)["depth"], truth=room.depth, title=name))
-Image.fromarray(np.concatenate(panels))
+show(np.concatenate(panels))
 
 # %% [markdown]
 # ## Next

@@ -4,7 +4,8 @@
     python experiments/pack_builtin.py --run=runs/long
 
 Writes aitok_jax/builtin: the joint solver with both tokenizers as float16, and about.json with the command, the commit
-and the versions that it was trained with, and the metrics of these very weights on the unseen scenes of the run.
+and the versions that it was trained with, and metrics on the unseen scenes of the run: of the solver as it is packed,
+of the tokenizers as they were trained.
 """
 
 import argparse
