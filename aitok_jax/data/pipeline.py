@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from aitok_jax.data import coco, nyu, objects, transforms
+from aitok_jax.data import coco, nyu, objects, prepared, transforms
 
 Batch = dict[str, np.ndarray]
 Transform = transforms.Transform | objects.HostTransform
@@ -35,6 +35,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values that change where the examples or their order do."""
+
     def read(self, index: int) -> dict[str, np.ndarray]:
         """`image` uint8[H,W,3] RGB and `depth` float32[H,W] metres; for a HostTransform, what that reads."""
 
@@ -47,6 +50,10 @@ class Data:
     eval: Source
     train_transform: Transform
     eval_transform: Transform
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """What must stay the same for a run to go on: numbers of examples, and hashes of names and annotations."""
+        return {"train": self.train.fingerprint(), "eval": self.eval.fingerprint()}
 
 
 def train_batches(
@@ -123,6 +130,10 @@ def build(config: Any) -> Data:
     'coco': train_images, test_images (folders), train_annotations, test_annotations (JSONs; all relative to root),
     size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high), order (objects.ORDERS).
     'coco_masks': folders and JSONs as 'coco', mask_size.
+
+    Where root (or root/NAME/VERSION) is prepared data, of `aitok_jax.data.prepare` or TFDS's `nyu_depth_v2`, that is
+    read, with the same batches as from the raw folders; folders and JSONs were chosen in preparing and are not looked
+    at, and lists or render are an error.
     """
     builders = {"nyu": _nyu, "coco": _coco, "coco_masks": _coco_masks}
     if config.name not in builders:
@@ -140,6 +151,15 @@ def _nyu(config: Any) -> Data:
         train_transform = transforms.tokenizer_train(config.size, tuple(config.columns))
     else:
         train_transform = transforms.solver_train(config.size, config.color, config.cutdepth)
+    if folder := _prepared(config, "nyu"):
+        train, test = prepared.nyu_sources(
+            folder,
+            train_images=config.recipe != "tokenizer",
+            counts=(config.expected_train, config.expected_test),
+            on_error=config.on_error,
+            cache=config.cache,
+        )
+        return Data(train, test, train_transform, transforms.evaluation())
     _render(config)
     source = functools.partial(nyu.NyuSource, config.root, on_error=config.on_error, cache=config.cache)
     train = source(
@@ -175,22 +195,37 @@ def _coco_sources(
     config: Any, expected_train: int = 0, expected_test: int = 0, **options: Any
 ) -> tuple[coco.CocoSource, coco.CocoSource]:
     """The sources to train and to evaluate on, which must have the same categories."""
-    _render(config, format="coco")
-    root = Path(config.root)
-    source = functools.partial(coco.CocoSource, on_error=config.on_error, **options)
-    trained = source(
-        root / config.train_images,
-        root / config.train_annotations,
-        with_objects=True,
-        expected_count=expected_train,
-    )
-    tested = source(root / config.test_images, root / config.test_annotations, expected_count=expected_test)
+    options["on_error"] = config.on_error
+    if folder := _prepared(config, "coco"):
+        source = functools.partial(prepared.PreparedCoco, folder, **options)
+        places = ("train",), ("test",)
+    else:
+        _render(config, format="coco")
+        root, source = Path(config.root), functools.partial(coco.CocoSource, **options)
+        places = (
+            (root / config.train_images, root / config.train_annotations),
+            (root / config.test_images, root / config.test_annotations),
+        )
+    trained = source(*places[0], with_objects=True, expected_count=expected_train)
+    tested = source(*places[1], expected_count=expected_test)
     if (trained.category_ids, trained.categories) != (tested.category_ids, tested.categories):
         raise nyu.DataError(
             f"{trained.path} lists {len(trained.categories)} categories and {tested.path} {len(tested.categories)}, "
             "not the same ones; class numbers would differ: give both the same list"
         )
     return trained, tested
+
+
+def _prepared(config: Any, kind: str) -> Path | None:
+    """The folder of prepared data, where root has some."""
+    folder = prepared.find(config.root, kind)
+    for key in ("train_list", "test_list", "render") if folder else ():
+        if config.get(key):
+            raise ValueError(
+                f"data.{key}={config[key]} has no effect on the prepared data in {folder}; choose in preparing, or "
+                "set data.root to the raw folder"
+            )
+    return folder
 
 
 def _render(config: Any, **defaults: Any) -> None:
