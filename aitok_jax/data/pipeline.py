@@ -1,21 +1,23 @@
 """Batches from a source: tf.data reads, transforms and batches; the step number is the whole state of the data.
 
 Position p = step * batch_size + slot. Its epoch is p // n, its example the stateless shuffle of p % n keyed by
-(seed, epoch), and its augmentation is keyed by (seed, p). So the batch of a step is a pure function of (seed, step),
-on any number of hosts, and resuming is starting at a step.
+(seed, epoch), and its augmentation is keyed by (seed, p). In a mixture each source has its slots, and positions of its
+own. So the batch of a step is a pure function of (seed, step), on any number of hosts, and resuming is starting at a
+step.
 """
 
+import dataclasses
 import functools
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from aitok_jax.data import coco, nyu, objects, prepared, transforms
+from aitok_jax.data import coco, mixture, nyu, objects, prepared, transforms
 
 Batch = dict[str, np.ndarray]
 Transform = transforms.Transform | objects.HostTransform
@@ -28,7 +30,7 @@ class Source(Protocol):
     """Random access to examples on the host.
 
     Optional: `images` = False where `read` gives no image; `read_readable(index) -> (index used, example)` to go on
-    past broken examples.
+    past broken examples; `shares`, see `mixture.Mixture`.
     """
 
     names: list[str]
@@ -42,7 +44,7 @@ class Source(Protocol):
         """`image` uint8[H,W,3] RGB and `depth` float32[H,W] metres; for a HostTransform, what that reads."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Data:
     """What a run reads: sources to train and evaluate on, with their transforms."""
 
@@ -83,12 +85,19 @@ def train_batches(
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must not be negative")
     tf = _tensorflow()
-    size, key = len(source), seed & 0x7FFFFFFF
+    key = seed & 0x7FFFFFFF
+    shares = source.shares(batch_size) if hasattr(source, "shares") else [(len(source), batch_size)]
+    sizes, own_slots = np.array(shares, np.int64).T
+    offsets, slots = np.cumsum(sizes) - sizes, np.cumsum(own_slots) - own_slots
 
     def place(count):
         position = _position(count, local, batch_size, process_index)
-        epoch = tf.stack([tf.constant(key, tf.int64), position // size])
-        index = tf.random.experimental.index_shuffle(position % size, epoch, tf.constant(size - 1, tf.int64))
+        slot = position % batch_size
+        part = tf.math.count_nonzero(slot >= slots[1:])
+        size, share, offset, first = (tf.gather(values, part) for values in (sizes, own_slots, offsets, slots))
+        own = position // batch_size * share + slot - first
+        epoch = tf.stack([tf.constant(key, tf.int64), own // size])
+        index = offset + tf.random.experimental.index_shuffle(own % size, epoch, size - 1)
         return position, index, tf.constant(True)
 
     counts = tf.data.Dataset.range(start_step * local, np.iinfo(np.int64).max)
@@ -124,7 +133,8 @@ def build(config: Any) -> Data:
     """Sources and transforms of a run from `config.data`.
 
     Keys of all: name, root, on_error, cache, expected_train, expected_test (examples; 0 = any), render ({} or the
-    arguments of `scenes.ensure`: train, test, height, width, seed, format).
+    arguments of `scenes.ensure`: train, test, height, width, seed, format); also_root and also_count: that many
+    training examples of every batch are of the data there, laid out in the same way, 0 = none.
     'nyu': train_list, test_list ('' = look through the folder), train_subfolder, test_subfolder, size (crop side),
     recipe ('tokenizer' | 'solver'), columns, color, cutdepth.
     'coco': train_images, test_images (folders), train_annotations, test_annotations (JSONs; all relative to root),
@@ -141,7 +151,12 @@ def build(config: Any) -> Data:
             f"data.name={config.name!r} must be 'nyu' (NYUv2, or any folder in its layout), 'coco' (images with an "
             "instances JSON) or 'coco_masks' (the masks of one)"
         )
-    return builders[config.name](config)
+    data = builders[config.name](config)
+    if count := config.get("also_count", 0):
+        changes = {"root": config.also_root, "expected_train": 0, "expected_test": 0, "render": {}}
+        also = builders[config.name](ConfigDict({**config, **changes}))
+        data = dataclasses.replace(data, train=mixture.Mixture(data.train, also.train, count))
+    return data
 
 
 def _nyu(config: Any) -> Data:
@@ -222,7 +237,7 @@ def _prepared(config: Any, kind: str) -> Path | None:
     for key in ("train_list", "test_list", "render") if folder else ():
         if config.get(key):
             raise ValueError(
-                f"data.{key}={config[key]} has no effect on the prepared data in {folder}; choose in preparing, or "
+                f"data.{key} has no effect on the prepared data in {folder}; choose in preparing, or "
                 "set data.root to the raw folder"
             )
     return folder

@@ -249,7 +249,7 @@ def main() -> None:
     try:
         args.run(args)
         shutil.rmtree(Path(args.out) / _UNFINISHED)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ChildProcessError) as error:
         sys.exit(f"error: {error}")
 
 

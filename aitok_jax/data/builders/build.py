@@ -1,6 +1,8 @@
 """Runs a builder: prepared data is made aside, counted and checked, and moved into place when it is whole."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -61,7 +63,8 @@ def build(
         raise ValueError(f"{place} is there already; delete it to prepare it anew, or give another folder")
     config = tfds.download.DownloadConfig(beam_options=_beam_options(settings) if settings.beam else None)
     tfds.disable_progress_bar()  # the builders show their own
-    made.download_and_prepare(download_config=config, file_format="tfrecord")
+    with contextlib.redirect_stdout(io.StringIO()):  # it would name the folder that is moved below
+        made.download_and_prepare(download_config=config, file_format="tfrecord")
 
     reports = {split: read_reports(work, split) for split in lines}
     for split, entries in reports.items():
