@@ -144,6 +144,15 @@ def test_tensorflow_datasets_reads_it_too(coco_roots, nyu_roots):
     )
 
 
+def test_more_than_memory_holds_keeps_its_order(nyu_roots, tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorflow_datasets.core.shuffle.MAX_MEM_BUFFER_SIZE", 0)  # sorts on the disk
+    command("nyu", nyu_roots[0], tmp_path, *ANY)
+    ready, whole = (pipeline.build(data_config(root)).train for root in (tmp_path, nyu_roots[1]))
+    assert ready.names == whole.names
+    for i in range(6):
+        assert_same(ready.read(i), whole.read(i))
+
+
 def test_real_files(nyu_frames, coco_subset, tmp_path):
     command("nyu", nyu_frames, tmp_path, "--train_list=list.txt", "--test_list=list.txt", "--test_folder=", *ANY)
     source = nyu.NyuSource(nyu_frames, "list.txt")
