@@ -130,6 +130,23 @@ def test_coco_mask_batches(coco_roots):
     assert_same_batches(raw, ready)
 
 
+def test_other_files_have_another_fingerprint(tmp_path):
+    write_coco(tmp_path)
+    before = pipeline.build(raw_coco(tmp_path)).fingerprint()
+    assert before == pipeline.build(raw_coco(tmp_path)).fingerprint()
+    path = tmp_path / "train.json"
+    path.write_text(path.read_text().replace('"category_id": 2', '"category_id": 7', 1))
+    after = pipeline.build(raw_coco(tmp_path)).fingerprint()
+    assert after["eval"] == before["eval"]
+    assert {key for key in after["train"] if after["train"][key] != before["train"][key]} == {"annotations"}
+    write_nyu(tmp_path / "nyu")
+    before = pipeline.build(data_config(tmp_path / "nyu")).fingerprint()
+    (tmp_path / "nyu/room_0/rgb_00000.jpg").rename(tmp_path / "nyu/room_0/rgb_00008.jpg")
+    (tmp_path / "nyu/room_0/sync_depth_00000.png").rename(tmp_path / "nyu/room_0/sync_depth_00008.png")
+    after = pipeline.build(data_config(tmp_path / "nyu")).fingerprint()
+    assert {key for key in after["train"] if after["train"][key] != before["train"][key]} == {"names"}
+
+
 def test_tensorflow_datasets_reads_it_too(coco_roots, nyu_roots):
     (folder,) = (coco_roots[1] / "coco_instances").iterdir()
     examples = list(tfds.builder_from_directory(folder).as_dataset(split="train").as_numpy_iterator())
