@@ -105,7 +105,7 @@ def _serially(path: Path, count: int, reports: Path, load: Load, limit: int) -> 
 
 
 def _with_beam(path: Path, count: int, reports: Path, load: Load):
-    """A PTransform, whose progress the runner shows (with the counters `loaded` and `broken`)."""
+    """A PTransform; the runner shows its progress too, in the counters `loaded` and `broken`."""
     import apache_beam as beam
 
     @beam.ptransform_fn
@@ -131,7 +131,14 @@ def _counted(text: str, load: Load) -> tuple[Line, Example | None]:
 
     report, example = attempt(text, load)
     beam.metrics.Metrics.counter("prepare", "broken" if example is None else "loaded").inc()
+    _progress().update()
     return report, example
+
+
+@functools.cache
+def _progress() -> tqdm:
+    """That of a worker of Beam."""
+    return tqdm(desc="prepare, this worker", unit="example", mininterval=5)
 
 
 def _report(pair: tuple[Line, Example | None]) -> str:
