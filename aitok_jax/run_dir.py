@@ -50,7 +50,7 @@ class RunDir:
             return
         before, now = (flatten(values) for values in (json.loads(path.read_text()), fingerprint))
         changed = [
-            f"{name} was {before.get(name)}, is {now.get(name)}"
+            f"{name} was {str(before.get(name))[:12]}, is {str(now.get(name))[:12]}"
             for name in sorted(before | now)
             if before.get(name) != now.get(name)
         ]
