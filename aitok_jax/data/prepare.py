@@ -160,15 +160,8 @@ def _numbered(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _settings(args: argparse.Namespace) -> Any:
     from aitok_jax.data.builders.build import Settings
 
-    options = args.beam_pipeline_options
-    return Settings(
-        Path(args.out),
-        Path(args.out) / _UNFINISHED,
-        args.max_broken,
-        args.manifest,
-        args.beam or bool(options),
-        options,
-    )
+    out, options = Path(args.out).absolute(), args.beam_pipeline_options
+    return Settings(out, out / _UNFINISHED, args.max_broken, args.manifest, args.beam or bool(options), options)
 
 
 _COMMON = {

@@ -18,9 +18,8 @@ from aitok_jax.data.nyu import READ_ERRORS, DataError
 Line = dict[str, Any]
 Example = dict[str, Any]
 Load = Callable[[Line], tuple[Example, Line]]  # the example of a line, and what its report says besides
-_KEYS = (
-    2**128
-)  # TFDS sorts by keys below this number, in 1000 buckets of equal width: one bucket alone would fill the memory
+# TFDS sorts by keys below this number, in 1000 buckets of equal width; with small keys one bucket would hold all.
+_KEYS = 2**128
 
 
 class PreparedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
