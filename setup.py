@@ -32,6 +32,7 @@ setup(
         "pycocotools>=2.0.11",
         "tensorflow-cpu>=2.21",
         "tensorflow-datasets>=4.9.10",
+        "google-crc32c>=1.6",  # the checksums of TFRecords
         "importlib_resources>=6.0",  # tensorflow-datasets 4.9.10 imports it without declaring it
         "clu>=0.0.12",
         "tensorboard>=2.20",  # clu's metric writers import it; tensorflow 2.21 no longer brings it
@@ -44,6 +45,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "prepare": ["apache-beam>=2.77", "mlcroissant>=1.1"],  # lowers other packages: in an environment of its own
         "notebooks": ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29"],
     },
 )

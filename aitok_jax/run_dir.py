@@ -16,6 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from aitok_jax.config_utils import flatten
+
 _PACKAGES = ("aitok_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu", "tensorflow")
 _MAX_IMAGES = 16  # panels shown in TensorBoard
 
@@ -35,6 +37,28 @@ class RunDir:
     def write_json(self, name: str, value: Any) -> None:
         if self._first_host:
             (self.path / name).write_text(json.dumps(value, indent=2) + "\n")
+
+    def check_data(self, fingerprint: dict[str, Any], start: int) -> None:
+        """Keeps a fingerprint of the data in data.json.
+
+        Raises:
+          ValueError: a run that goes on (start > 0) had another one.
+        """
+        path = self.path / "data.json"
+        if not start or not path.exists():
+            self.write_json("data.json", fingerprint)
+            return
+        before, now = (flatten(values) for values in (json.loads(path.read_text()), fingerprint))
+        changed = [
+            f"{name} was {str(before.get(name))[:12]}, is {str(now.get(name))[:12]}"
+            for name in sorted(before | now)
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"the data is not the one that {self.path} trained on to step {start}: {'; '.join(changed)}. "
+                f"Restore it, train in a new directory, or delete {path} to go on with other data"
+            )
 
     @contextlib.contextmanager
     def logging(self, start: int, batch_size: int) -> Iterator[None]:

@@ -44,6 +44,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     run = prepare(config, workdir)
     with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as manager:
         start = manager.latest_step() or 0
+        run.folder.check_data({name: data.fingerprint() for name, data in run.data.items()}, start)
         batches, example = _batches(run, start)
         optimizer = optim.make_optimizer(config.optim, config.train_steps)
         state, shardings = restore_or_init(run, manager, optimizer, example)

@@ -38,6 +38,8 @@ def nyu_data(recipe: str, size: int = 480) -> ConfigDict:
             "cache": False,
             "expected_train": 0,
             "expected_test": 0,
+            "also_root": "",
+            "also_count": 0,
             "render": {},
         }
     )

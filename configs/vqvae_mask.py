@@ -32,6 +32,8 @@ def coco_data(name: str = "coco", size: int = 640) -> ConfigDict:
         "cache": False,
         "expected_train": 0,
         "expected_test": 0,
+        "also_root": "",
+        "also_count": 0,
         "render": {},
     }
     if name == "coco":

@@ -182,6 +182,28 @@ def test_missing_file_is_named(tmp_path):
         list(pipeline.eval_batches(source, transforms.evaluation(), batch_size=2))
 
 
+def test_an_image_truncated_in_the_middle_of_an_epoch(tmp_path):
+    folder = write_folder(tmp_path, 40)
+    options = {"batch_size": 2, "seed": 6}
+    whole = take(pipeline.train_batches(nyu.NyuSource(tmp_path), SOLVER, **options), 20)
+    bad = int(whole[17]["id"][1])
+    path = folder / f"rgb_{bad:05}.jpg"
+    batches = pipeline.train_batches(nyu.NyuSource(tmp_path), SOLVER, **options)
+    take(batches, 2)
+    path.write_bytes(path.read_bytes()[:300])
+    for a, b in zip(take(batches, 15), whole[2:17], strict=True):
+        assert_same(a, b)
+    with pytest.raises(nyu.DataError, match=rf"rgb_{bad:05}\.jpg: broken image file"):
+        next(batches)
+    source = nyu.NyuSource(tmp_path, on_error="skip")
+    ids, expected = (
+        np.concatenate([batch["id"] for batch in part])
+        for part in (take(pipeline.train_batches(source, SOLVER, **options), 20), whole)
+    )
+    np.testing.assert_array_equal(ids, np.where(expected == bad, (bad + 1) % 40, expected))
+    assert source.skipped == {f"room/rgb_{bad:05}.jpg"}
+
+
 def test_too_small_images_are_named():
     batches = pipeline.train_batches(Frames(2), transforms.solver_train(13), batch_size=2, seed=0)
     with pytest.raises(ValueError, match=r"frame_[01]: crop size 13 must be at most the 12x16 pixels"):

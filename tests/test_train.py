@@ -81,7 +81,7 @@ def compile_cache(tmp_path_factory):
 @pytest.fixture
 def toy(monkeypatch, compile_cache):
     """Puts the toy task, data and evaluator in place; `steps` lists the data steps read, `fail_at` breaks the data."""
-    toy = SimpleNamespace(steps=[], fail_at=None, evaluations=[])
+    toy = SimpleNamespace(steps=[], fail_at=None, evaluations=[], examples=64)
 
     def train_batches(source, transform, *, batch_size, seed, start_step, process_index, process_count):
         step = start_step
@@ -107,7 +107,12 @@ def toy(monkeypatch, compile_cache):
         return LineTask(**fields)
 
     monkeypatch.setattr(tasks, "build", build)
-    monkeypatch.setattr(train.pipeline, "build", lambda config: SimpleNamespace(train=None, train_transform=None))
+
+    def build_data(config):
+        fingerprint = {"train": {"examples": toy.examples}}
+        return SimpleNamespace(train=None, train_transform=None, fingerprint=lambda: fingerprint)
+
+    monkeypatch.setattr(train.pipeline, "build", build_data)
     monkeypatch.setattr(train.pipeline, "train_batches", train_batches)
     monkeypatch.setattr(train.evaluators, "evaluate", evaluate)
     return toy
@@ -238,6 +243,20 @@ def test_stopping_and_going_on_gives_the_same_bits(toy, tmp_path, monkeypatch, h
     assert int(_state(parts)["model_state"]["seen"]["count"]) == 8
     if how != "more steps":
         assert _lines(parts) == _lines(whole)
+
+
+def test_a_run_does_not_go_on_with_other_data(toy, tmp_path):
+    config = _config(train_steps=4, optim__schedule={"name": "constant"})
+    train.train(config, tmp_path)
+    toy.examples, config = 63, _config(optim__schedule={"name": "constant"})
+    with pytest.raises(
+        ValueError, match=r"trained on to step 4: line\.train\.examples was 64, is 63\. .*delete .*data"
+    ):
+        train.train(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 4
+    (tmp_path / "data.json").unlink()
+    train.train(config, tmp_path)
+    assert json.loads((tmp_path / "data.json").read_text()) == {"line": {"train": {"examples": 63}}}
 
 
 def test_a_finished_run_is_only_evaluated_again(toy, tmp_path):

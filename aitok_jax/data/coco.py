@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from aitok_jax.data.nyu import DataError, Skipping, read_image
+from aitok_jax.data.nyu import DataError, File, Skipping, decode_image, digest, read_file
 
 Annotation = dict[str, Any]
 
@@ -38,6 +38,7 @@ class CocoSource(Skipping):
       names: list[str], file names, one per image.
       ids: list[int], COCO image ids.
       sizes: int32[N,2] (height, width).
+      content: dict, the whole JSON, without broken annotations.
       categories: list[str], the name of each class.
       category_ids: list[int], the COCO id of each class.
       skipped: set[str], what was left out so far because it is broken: file names, and 'annotation ID'.
@@ -64,13 +65,13 @@ class CocoSource(Skipping):
         self._folder, self._cache = Path(images), {} if cache else None
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{self._folder}: no such folder of images; set data.root and the image folders")
-        self._content = _load(self.path)
-        categories = sorted(self._content["categories"], key=lambda category: category["id"])
+        self.content, self._digest = _load(self.path)
+        categories = sorted(self.content["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
         self.categories = [category["name"] for category in categories]
         self._classes = {category_id: i for i, category_id in enumerate(self.category_ids)}
         of_image = self._objects_by_image()
-        kept = [image for image in self._content["images"] if of_image[image["id"]] or not with_objects]
+        kept = [image for image in self.content["images"] if of_image[image["id"]] or not with_objects]
         if expected_count and len(kept) != expected_count:
             raise DataError(
                 f"{self.path}: {len(kept)} images{' with objects' * with_objects}, but expected_count={expected_count};"
@@ -90,7 +91,7 @@ class CocoSource(Skipping):
         from pycocotools.coco import COCO
 
         coco = COCO()
-        coco.dataset = self._content
+        coco.dataset = self.content
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
         return coco
@@ -124,16 +125,22 @@ class CocoSource(Skipping):
 
     def mask(self, index: int, annotation: Annotation) -> np.ndarray:
         """uint8[H,W] 0/1 of one of the `annotations` of an image."""
-        return _decode_masks([annotation], *self.sizes[index].tolist(), self.path)[0]
+        return decode_masks([annotation], *self.sizes[index].tolist(), self.path)[0]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must stay the same for a run to go on with this data."""
+        names = digest("\n".join(self.names).encode())
+        return {"examples": len(self), "names": names, "annotations": self._digest}
+
+    def image_path(self, name: str) -> Path:
+        return self._folder / name
+
+    def _file(self, index: int) -> File:
+        return read_file(self.image_path(self.names[index]))
 
     def _decoded(self, index: int) -> dict[str, np.ndarray]:
-        path, (height, width) = self._folder / self.names[index], self.sizes[index].tolist()
-        image = read_image(path)
-        if image.shape[:2] != (height, width):
-            raise DataError(
-                f"{path} is {image.shape[0]}x{image.shape[1]} but {self.path} says {height}x{width}; "
-                "restore the image, or set on_error='skip'"
-            )
+        height, width = self.sizes[index].tolist()
+        image = decode_sized(self._file(index), height, width, self.path)
         objects = [annotation for annotation in self._objects[index] if _has_extent(annotation, height, width)]
         example = {
             "image": image,
@@ -141,14 +148,14 @@ class CocoSource(Skipping):
             "classes": np.array([self._classes[o["category_id"]] for o in objects], np.int32),
         }
         if self.masks:
-            example["masks"] = _decode_masks(objects, height, width, self.path)
+            example["masks"] = decode_masks(objects, height, width, self.path)
         return example
 
     def _objects_by_image(self) -> dict[int, list[Annotation]]:
         """The objects of each image id; broken annotations raise, or are taken out of the JSON's content."""
-        images = {image["id"]: image for image in self._content["images"]}
+        images = {image["id"]: image for image in self.content["images"]}
         objects, sound = {image_id: [] for image_id in images}, []
-        for annotation in self._content["annotations"]:
+        for annotation in self.content["annotations"]:
             problem = _problem(annotation, images, self._classes, self.masks)
             if not problem:
                 annotation.setdefault("iscrowd", 0)
@@ -161,7 +168,7 @@ class CocoSource(Skipping):
             if self.on_error == "raise":
                 raise DataError(f"{self.path}: {label}: {problem}; correct it, or set on_error='skip' to leave it out")
             self._skip(label, problem)
-        self._content["annotations"] = sound
+        self.content["annotations"] = sound
         if not any(objects.values()):
             raise DataError(
                 f"{self.path}: no annotation of an object among {len(images)} images: nothing to train on or to "
@@ -214,6 +221,10 @@ class MaskSource(Skipping):
     def __len__(self) -> int:
         return len(self.names)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What must stay the same for a run to go on with this data."""
+        return self.source.fingerprint()
+
     def read(self, index: int) -> dict[str, np.ndarray]:
         """`instance` float32[size,size], 0 or 1. Raises DataError where the mask's code is broken."""
         if self._cached is None or not self._cached[index]:
@@ -232,10 +243,22 @@ class MaskSource(Skipping):
         return np.asarray(patch.resize((self.size, self.size), Image.Resampling.BILINEAR)) >= 128
 
 
-def _load(path: Path) -> dict[str, list]:
-    """The content of an instances JSON, after a check of everything but the annotations."""
+def decode_sized(file: File, height: int, width: int, path: str | Path) -> np.ndarray:
+    """uint8[height,width,3] RGB; DataError where it is broken or not of the size that the JSON at `path` says."""
+    image = decode_image(file)
+    if image.shape[:2] != (height, width):
+        raise DataError(
+            f"{file.name} is {image.shape[0]}x{image.shape[1]} but {path} says {height}x{width}; "
+            "restore the image, or set on_error='skip'"
+        )
+    return image
+
+
+def _load(path: Path) -> tuple[dict[str, list], str]:
+    """The content of an instances JSON, after a check of everything but the annotations, and the digest of the file."""
     try:
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        content = json.loads(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such annotations file; set data.root and the annotation files") from None
     except ValueError as error:
@@ -252,7 +275,7 @@ def _load(path: Path) -> dict[str, list]:
             raise DataError(f"{path}: no {name}; use an instances JSON as published")
         if keys and len({entry["id"] for entry in entries}) != len(entries):
             raise DataError(f"{path}: two {name} have one id; give each its own")
-    return content
+    return content, digest(text)
 
 
 def _problem(annotation: Any, images: dict[int, dict], classes: dict[int, int], masks: bool) -> str:
@@ -313,16 +336,21 @@ def _rounded_box(annotation: Annotation, height: int, width: int) -> tuple[int, 
     return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
 
 
-def _decode_masks(annotations: list[Annotation], height: int, width: int, path: Path) -> np.ndarray:
-    """uint8[n,H,W] 0/1; the memory is in the order of pycocotools, not C."""
+def run_length_code(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """The compressed run-length code (pycocotools) of polygons or of a code; TypeError or ValueError where broken."""
+    if isinstance(segmentation, list):
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
+def decode_masks(annotations: list[Annotation], height: int, width: int, path: str | Path) -> np.ndarray:
+    """uint8[n,H,W] 0/1, in memory in the order of pycocotools, not C; DataError, which names `path`, where broken."""
     masks_NWH = np.empty((len(annotations), width, height), np.uint8)
     for mask_WH, annotation in zip(masks_NWH, annotations, strict=True):
-        code = annotation["segmentation"]
         try:
-            if isinstance(code, list):
-                code = coco_mask.merge(coco_mask.frPyObjects(code, height, width))
-            elif isinstance(code["counts"], list):
-                code = coco_mask.frPyObjects(code, height, width)
+            code = run_length_code(annotation["segmentation"], height, width)
             mask_WH[:] = coco_mask.decode(code).T
             if mask_WH.max() > 1 or mask_WH.sum() != coco_mask.area(code):  # a code that ends early leaves pixels unset
                 raise ValueError(f"its counts are not those of {height}x{width} pixels")

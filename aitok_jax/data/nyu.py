@@ -1,10 +1,12 @@
 """NYUv2 and folders in its layout: `<scene>/rgb_NNNNN.jpg` with `sync_depth_NNNNN.png` (AIT.md section 8)."""
 
+import hashlib
 import io
 import struct
 import threading
 import zlib
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -19,7 +21,14 @@ class DataError(ValueError):
     """A file of a data set is broken or does not fit; the message names the file and says what to do."""
 
 
-READ_ERRORS = (DataError, FileNotFoundError)  # what `NyuSource.read` raises for a broken example
+READ_ERRORS = (DataError, FileNotFoundError)  # what `read` of a source raises for a broken example
+
+
+class File(NamedTuple):
+    """An encoded file, on the disk or in a record; the name is the one that errors say."""
+
+    name: str
+    content: bytes
 
 
 class Skipping:
@@ -28,8 +37,13 @@ class Skipping:
     def __init__(self, on_error: str):
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'")
-        self.on_error, self.skipped = on_error, set()
+        self.on_error, self.reasons = on_error, {}
         self._lock = threading.Lock()
+
+    @property
+    def skipped(self) -> set[str]:
+        """Names left out so far because they are broken; `reasons` says why."""
+        return set(self.reasons)
 
     def read_readable(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
         """Like `read`, with the index that was read: under on_error='skip' the first readable one of index, index+1, …
@@ -40,7 +54,7 @@ class Skipping:
             return index, self.read(index)
         reason = None
         for candidate in (*range(index, len(self)), *range(index)):
-            if self.names[candidate] in self.skipped:
+            if self.names[candidate] in self.reasons:
                 continue
             try:
                 return candidate, self.read(candidate)
@@ -51,13 +65,52 @@ class Skipping:
 
     def _skip(self, name: str, reason: object) -> None:
         with self._lock:  # the pipeline reads in threads
-            known = name in self.skipped
-            self.skipped.add(name)
+            known = name in self.reasons
+            self.reasons.setdefault(name, str(reason))
         if not known:
             logging.warning("skipped %s: %s", name, reason)
 
 
-class NyuSource(Skipping):
+class DepthSource(Skipping):
+    """Random access to pairs of an RGB image and a depth map; subclasses give `names` and `_file`."""
+
+    names: list[str]
+
+    def __init__(self, on_error: str, *, cache: bool, images: bool):
+        super().__init__(on_error)
+        self.images = images
+        self._cache = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        """Decodes one example: `image` uint8[H,W,3] RGB, `depth` float32[H,W] metres (0 = missing).
+
+        Raises FileNotFoundError or DataError (whatever `on_error` says) where the example is broken.
+        """
+        if self._cache is not None and index in self._cache:
+            return dict(self._cache[index])
+        example = self._decoded(index)
+        if self._cache is not None:
+            for array in example.values():
+                array.setflags(write=False)
+            self._cache[index] = example
+        return dict(example)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must stay the same for a run to go on with this data."""
+        return {"examples": len(self), "names": digest("\n".join(self.names).encode())}
+
+    def _decoded(self, index: int) -> dict[str, np.ndarray]:
+        return decode_pair(self._file(index, "depth"), self._file(index, "image") if self.images else None)
+
+    def _file(self, index: int, kind: str) -> File:
+        """The encoded 'image' or 'depth' of an example."""
+        raise NotImplementedError
+
+
+class NyuSource(DepthSource):
     """Random access to pairs of an RGB image and a depth map.
 
     Args:
@@ -91,9 +144,7 @@ class NyuSource(Skipping):
         images: bool = True,
         expected_count: int = 0,
     ):
-        super().__init__(on_error)
-        self.images = images
-        self._cache = {} if cache else None
+        super().__init__(on_error, cache=cache, images=images)
         self._folder = Path(root) / subfolder
         if not self._folder.is_dir():
             raise FileNotFoundError(
@@ -114,31 +165,12 @@ class NyuSource(Skipping):
         self.names = [image for image, _ in pairs]
         self._depth_names = [depth for _, depth in pairs]
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def paths(self, index: int) -> dict[str, Path]:
+        """Where the 'image' and the 'depth' of an example are."""
+        return {"image": self._folder / self.names[index], "depth": self._folder / self._depth_names[index]}
 
-    def read(self, index: int) -> dict[str, np.ndarray]:
-        """Decodes one example: `image` uint8[H,W,3] RGB, `depth` float32[H,W] metres (0 = missing).
-
-        Raises FileNotFoundError or DataError (whatever `on_error` says) where the example is broken.
-        """
-        if self._cache is not None and index in self._cache:
-            return dict(self._cache[index])
-        depth_path = self._folder / self._depth_names[index]
-        example = {"depth": read_depth(depth_path)}
-        if self.images:
-            image_path = self._folder / self.names[index]
-            example["image"] = read_image(image_path)
-            if example["image"].shape[:2] != example["depth"].shape:
-                raise DataError(
-                    f"{image_path} is {_size(example['image'])} but {depth_path} is {_size(example['depth'])}; "
-                    "image and depth must have one size: restore the pair or take it off the list"
-                )
-        if self._cache is not None:
-            for array in example.values():
-                array.setflags(write=False)
-            self._cache[index] = example
-        return dict(example)
+    def _file(self, index: int, kind: str) -> File:
+        return read_file(self.paths(index)[kind])
 
     def _from_list(self, path: Path) -> list[tuple[str, str]]:
         if not path.is_file():
@@ -179,18 +211,55 @@ class NyuSource(Skipping):
 
 def read_image(path: str | Path) -> np.ndarray:
     """uint8[H,W,3] RGB from an image file; DataError where it is broken, FileNotFoundError where it is missing."""
-    return np.array(_decoded(path).convert("RGB"))
+    return decode_image(read_file(path))
 
 
 def read_depth(path: str | Path) -> np.ndarray:
     """float32[H,W] metres (0 = missing) from a 16-bit grey PNG in millimetres; errors as in `read_image`."""
-    image = _decoded(path)
+    return decode_depth(read_file(path))
+
+
+def read_file(path: str | Path) -> File:
+    try:
+        return File(str(path), Path(path).read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: missing file; restore it, take it off the list, or set on_error='skip'"
+        ) from None
+
+
+def decode_image(file: File) -> np.ndarray:
+    """As `read_image`."""
+    return np.array(_decoded(file).convert("RGB"))
+
+
+def decode_depth(file: File) -> np.ndarray:
+    """As `read_depth`."""
+    image = _decoded(file)
     if not (image.mode == "I" or image.mode.startswith("I;16")):
         raise DataError(
-            f"{path}: depth must be a 16-bit grey PNG in millimetres, but Pillow reads mode {image.mode!r}; "
+            f"{file.name}: depth must be a 16-bit grey PNG in millimetres, but Pillow reads mode {image.mode!r}; "
             "write it again with 16 bits (an 8-bit or colour file is a picture of depth, not depth)"
         )
     return np.asarray(image).astype(np.float32) / np.float32(1000)
+
+
+def decode_pair(depth: File, image: File | None) -> dict[str, np.ndarray]:
+    """`depth` float32[H,W] and, where given, `image` uint8[H,W,3], of one size; errors as in `read_image`."""
+    example = {"depth": decode_depth(depth)}
+    if image is not None:
+        example["image"] = decode_image(image)
+        if example["image"].shape[:2] != example["depth"].shape:
+            raise DataError(
+                f"{image.name} is {_size(example['image'])} but {depth.name} is {_size(example['depth'])}; "
+                "image and depth must have one size: restore the pair or take it off the list"
+            )
+    return example
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def mean_depth_map(source: NyuSource, limit: int = 0) -> np.ndarray:
@@ -225,19 +294,13 @@ def _size(array: np.ndarray) -> str:
     return f"{array.shape[0]}x{array.shape[1]}"
 
 
-def _decoded(path: str | Path) -> Image.Image:
+def _decoded(file: File) -> Image.Image:
     """Decodes an image whole, so that a truncated file is found here and named."""
     try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: missing file; restore it, take it off the list, or set on_error='skip'"
-        ) from None
-    try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(file.content))
         image.load()
     except _DECODE_ERRORS as error:
         raise DataError(
-            f"{path}: broken image file ({error}); restore it, take it off the list, or set on_error='skip'"
+            f"{file.name}: broken image file ({error}); restore it, take it off the list, or set on_error='skip'"
         ) from error
     return image

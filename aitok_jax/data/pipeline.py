@@ -1,21 +1,23 @@
 """Batches from a source: tf.data reads, transforms and batches; the step number is the whole state of the data.
 
 Position p = step * batch_size + slot. Its epoch is p // n, its example the stateless shuffle of p % n keyed by
-(seed, epoch), and its augmentation is keyed by (seed, p). So the batch of a step is a pure function of (seed, step),
-on any number of hosts, and resuming is starting at a step.
+(seed, epoch), and its augmentation is keyed by (seed, p). In a mixture each source has its slots, and positions of its
+own. So the batch of a step is a pure function of (seed, step), on any number of hosts, and resuming is starting at a
+step.
 """
 
+import dataclasses
 import functools
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from aitok_jax.data import coco, nyu, objects, transforms
+from aitok_jax.data import coco, mixture, nyu, objects, prepared, transforms
 
 Batch = dict[str, np.ndarray]
 Transform = transforms.Transform | objects.HostTransform
@@ -28,18 +30,21 @@ class Source(Protocol):
     """Random access to examples on the host.
 
     Optional: `images` = False where `read` gives no image; `read_readable(index) -> (index used, example)` to go on
-    past broken examples.
+    past broken examples; `shares`, see `mixture.Mixture`.
     """
 
     names: list[str]
 
     def __len__(self) -> int: ...
 
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values that change where the examples or their order do."""
+
     def read(self, index: int) -> dict[str, np.ndarray]:
         """`image` uint8[H,W,3] RGB and `depth` float32[H,W] metres; for a HostTransform, what that reads."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Data:
     """What a run reads: sources to train and evaluate on, with their transforms."""
 
@@ -47,6 +52,10 @@ class Data:
     eval: Source
     train_transform: Transform
     eval_transform: Transform
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """What must stay the same for a run to go on: numbers of examples, and hashes of names and annotations."""
+        return {"train": self.train.fingerprint(), "eval": self.eval.fingerprint()}
 
 
 def train_batches(
@@ -76,12 +85,19 @@ def train_batches(
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must not be negative")
     tf = _tensorflow()
-    size, key = len(source), seed & 0x7FFFFFFF
+    key = seed & 0x7FFFFFFF
+    shares = source.shares(batch_size) if hasattr(source, "shares") else [(len(source), batch_size)]
+    sizes, own_slots = np.array(shares, np.int64).T
+    offsets, slots = np.cumsum(sizes) - sizes, np.cumsum(own_slots) - own_slots
 
     def place(count):
         position = _position(count, local, batch_size, process_index)
-        epoch = tf.stack([tf.constant(key, tf.int64), position // size])
-        index = tf.random.experimental.index_shuffle(position % size, epoch, tf.constant(size - 1, tf.int64))
+        slot = position % batch_size
+        part = tf.math.count_nonzero(slot >= slots[1:])
+        size, share, offset, first = (tf.gather(values, part) for values in (sizes, own_slots, offsets, slots))
+        own = position // batch_size * share + slot - first
+        epoch = tf.stack([tf.constant(key, tf.int64), own // size])
+        index = offset + tf.random.experimental.index_shuffle(own % size, epoch, size - 1)
         return position, index, tf.constant(True)
 
     counts = tf.data.Dataset.range(start_step * local, np.iinfo(np.int64).max)
@@ -117,12 +133,17 @@ def build(config: Any) -> Data:
     """Sources and transforms of a run from `config.data`.
 
     Keys of all: name, root, on_error, cache, expected_train, expected_test (examples; 0 = any), render ({} or the
-    arguments of `scenes.ensure`: train, test, height, width, seed, format).
+    arguments of `scenes.ensure`: train, test, height, width, seed, format); also_root and also_count: that many
+    training examples of every batch are of the data there, laid out in the same way, 0 = none.
     'nyu': train_list, test_list ('' = look through the folder), train_subfolder, test_subfolder, size (crop side),
     recipe ('tokenizer' | 'solver'), columns, color, cutdepth.
     'coco': train_images, test_images (folders), train_annotations, test_annotations (JSONs; all relative to root),
     size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high), order (objects.ORDERS).
     'coco_masks': folders and JSONs as 'coco', mask_size.
+
+    Where root (or root/NAME/VERSION) is prepared data, of `aitok_jax.data.prepare` or TFDS's `nyu_depth_v2`, that is
+    read, with the same batches as from the raw folders; folders and JSONs were chosen in preparing and are not looked
+    at, and lists or render are an error.
     """
     builders = {"nyu": _nyu, "coco": _coco, "coco_masks": _coco_masks}
     if config.name not in builders:
@@ -130,7 +151,12 @@ def build(config: Any) -> Data:
             f"data.name={config.name!r} must be 'nyu' (NYUv2, or any folder in its layout), 'coco' (images with an "
             "instances JSON) or 'coco_masks' (the masks of one)"
         )
-    return builders[config.name](config)
+    data = builders[config.name](config)
+    if count := config.get("also_count", 0):
+        changes = {"root": config.also_root, "expected_train": 0, "expected_test": 0, "render": {}}
+        also = builders[config.name](ConfigDict({**config, **changes}))
+        data = dataclasses.replace(data, train=mixture.Mixture(data.train, also.train, count))
+    return data
 
 
 def _nyu(config: Any) -> Data:
@@ -140,6 +166,15 @@ def _nyu(config: Any) -> Data:
         train_transform = transforms.tokenizer_train(config.size, tuple(config.columns))
     else:
         train_transform = transforms.solver_train(config.size, config.color, config.cutdepth)
+    if folder := _prepared(config, "nyu"):
+        train, test = prepared.nyu_sources(
+            folder,
+            train_images=config.recipe != "tokenizer",
+            counts=(config.expected_train, config.expected_test),
+            on_error=config.on_error,
+            cache=config.cache,
+        )
+        return Data(train, test, train_transform, transforms.evaluation())
     _render(config)
     source = functools.partial(nyu.NyuSource, config.root, on_error=config.on_error, cache=config.cache)
     train = source(
@@ -175,22 +210,37 @@ def _coco_sources(
     config: Any, expected_train: int = 0, expected_test: int = 0, **options: Any
 ) -> tuple[coco.CocoSource, coco.CocoSource]:
     """The sources to train and to evaluate on, which must have the same categories."""
-    _render(config, format="coco")
-    root = Path(config.root)
-    source = functools.partial(coco.CocoSource, on_error=config.on_error, **options)
-    trained = source(
-        root / config.train_images,
-        root / config.train_annotations,
-        with_objects=True,
-        expected_count=expected_train,
-    )
-    tested = source(root / config.test_images, root / config.test_annotations, expected_count=expected_test)
+    options["on_error"] = config.on_error
+    if folder := _prepared(config, "coco"):
+        source = functools.partial(prepared.PreparedCoco, folder, **options)
+        places = ("train",), ("test",)
+    else:
+        _render(config, format="coco")
+        root, source = Path(config.root), functools.partial(coco.CocoSource, **options)
+        places = (
+            (root / config.train_images, root / config.train_annotations),
+            (root / config.test_images, root / config.test_annotations),
+        )
+    trained = source(*places[0], with_objects=True, expected_count=expected_train)
+    tested = source(*places[1], expected_count=expected_test)
     if (trained.category_ids, trained.categories) != (tested.category_ids, tested.categories):
         raise nyu.DataError(
             f"{trained.path} lists {len(trained.categories)} categories and {tested.path} {len(tested.categories)}, "
             "not the same ones; class numbers would differ: give both the same list"
         )
     return trained, tested
+
+
+def _prepared(config: Any, kind: str) -> Path | None:
+    """The folder of prepared data, where root has some."""
+    folder = prepared.find(config.root, kind)
+    for key in ("train_list", "test_list", "render") if folder else ():
+        if config.get(key):
+            raise ValueError(
+                f"data.{key} has no effect on the prepared data in {folder}; choose in preparing, or "
+                "set data.root to the raw folder"
+            )
+    return folder
 
 
 def _render(config: Any, **defaults: Any) -> None:

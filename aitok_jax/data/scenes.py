@@ -7,7 +7,7 @@ published NYUv2 layout (AIT.md, section 8) and as COCO annotations, so that the 
 """
 
 import argparse
-import concurrent.futures
+import concurrent.futures.process
 import functools
 import json
 import multiprocessing
@@ -228,6 +228,7 @@ def write(
 
     Raises:
         ValueError: an option outside its range, or a root that holds other files.
+        ChildProcessError: a worker was killed; what is there is incomplete, and the next call renders it anew.
     """
     settings = _settings(train=train, test=test, height=height, width=width, seed=seed, format=format)
     if workers < 1:
@@ -310,8 +311,14 @@ def _run(jobs: list[_Job], workers: int, title: str) -> list[list[dict]]:
     if workers == 1 or len(jobs) < 2:
         return list(progress(map(_write_scene, jobs)))
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn) as pool:
-        return list(progress(pool.map(_write_scene, jobs, chunksize=4)))
+    try:
+        with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn) as pool:
+            return list(progress(pool.map(_write_scene, jobs, chunksize=4)))
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise ChildProcessError(
+            f"one of {workers} processes that render was ended from outside, as happens where memory runs out; "
+            "render again, with fewer workers"
+        ) from error
 
 
 def main() -> None:
@@ -328,7 +335,7 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="both")
     try:
         write(**vars(parser.parse_args()))
-    except ValueError as error:
+    except (ValueError, ChildProcessError) as error:
         parser.error(str(error))
 
 

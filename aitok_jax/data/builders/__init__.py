@@ -1,0 +1,1 @@
+"""TFDS builders of prepared data; `aitok_jax.data.prepare` runs them."""

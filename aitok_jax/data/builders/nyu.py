@@ -1,0 +1,35 @@
+"""NYUv2 and other pairs of images and depth maps, prepared."""
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from aitok_jax.data import nyu
+from aitok_jax.data.builders.base import Example, Line, PreparedBuilder
+
+
+class NyuPairs(PreparedBuilder, skip_registration=True):
+    """Encoded images and 16-bit depth PNGs in millimetres, bytes as they were."""
+
+    def _info(self):
+        features = {
+            "name": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "depth": tfds.features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png"),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Pairs of an RGB image and a depth map in millimetres, 0 = missing.",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+        )
+
+    def load(self):
+        return load
+
+
+def load(line: Line) -> tuple[Example, Line]:
+    """From the paths `image` and `depth`."""
+    image, depth = nyu.read_file(line["image"]), nyu.read_file(line["depth"])
+    nyu.decode_pair(depth, image)
+    hashes = {"image": nyu.digest(image.content), "depth": nyu.digest(depth.content)}
+    return {"image": image.content, "depth": depth.content}, hashes

@@ -1,0 +1,250 @@
+"""Prepares data: checks every file and writes TFRecords with TensorFlow Datasets, in the order of the raw folder.
+
+    python -m aitok_jax.data.prepare nyu data/nyu OUT
+    python -m aitok_jax.data.prepare coco data/coco OUT
+    python -m aitok_jax.data.prepare scenes OUT --train=6000 --test=400
+    python -m aitok_jax.data.prepare folder photos OUT --depth=depth --annotations=instances.json
+
+The result is read where `data.root` is OUT. Files are stored as they are. `--beam` runs it with Apache Beam (install
+".[prepare]"), on this machine or, with --beam_pipeline_options, on any runner whose workers see the folders under the
+same paths.
+"""
+
+import argparse
+import collections
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from aitok_jax.data import coco, nyu
+
+COCO_COUNTS = 118287, 5000  # images of train2017 and val2017
+_UNFINISHED = "unfinished"
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def prepare_nyu(args: argparse.Namespace) -> None:
+    source = functools.partial(nyu.NyuSource, args.root, on_error="skip")
+    train = source(args.train_list, subfolder=args.train_folder, expected_count=args.train_count)
+    test = source(args.test_list, subfolder=args.test_folder, expected_count=args.test_count)
+    _write_pairs(args, train, test)
+
+
+def prepare_coco(args: argparse.Namespace) -> None:
+    root, source = Path(args.root), functools.partial(coco.CocoSource, on_error="skip")
+    train = source(root / args.train_images, root / args.train_annotations, expected_count=args.train_count)
+    test = source(root / args.test_images, root / args.test_annotations, expected_count=args.test_count)
+    _write_objects(args, train, test)
+
+
+def prepare_scenes(args: argparse.Namespace) -> None:
+    """The built-in scenes, as pairs and as images with objects; the rendered files are deleted in the end."""
+    from aitok_jax.data import scenes
+
+    root = Path(args.out) / _UNFINISHED / "scenes"
+    options = ("train", "test", "height", "width", "seed", "workers")
+    scenes.ensure(root, **{name: getattr(args, name) for name in options})
+    _write_pairs(args, nyu.NyuSource(root), nyu.NyuSource(root, subfolder="official_splits/test"))
+    _write_objects(
+        args, *(coco.CocoSource(root, root / f"annotations/instances_{split}.json") for split in ("train", "test"))
+    )
+
+
+def prepare_folder(args: argparse.Namespace) -> None:
+    """Images with depth maps of the same names, an instances JSON, or both; each image's split comes of its name."""
+    if not args.depth and not args.annotations:
+        raise ValueError("give --depth=FOLDER, --annotations=JSON, or both; images alone train nothing")
+    if not 0 < args.test_share < 1:
+        raise ValueError(f"--test_share={args.test_share} must be between 0 and 1; 0.1 is usual")
+
+    def tested(name):
+        return int(nyu.digest(name.encode())[:8], 16) < args.test_share * 2**32
+
+    if args.depth:
+        images, depth = Path(args.images).absolute(), Path(args.depth).absolute()
+        names = sorted(path.relative_to(images).as_posix() for path in images.rglob("*") if _is_image(path))
+        lines = [
+            {"name": name, "image": str(images / name), "depth": str((depth / name).with_suffix(".png"))}
+            for name in names
+        ]
+        _build_pairs(
+            args,
+            {
+                "train": [line for line in lines if not tested(line["name"])],
+                "test": [line for line in lines if tested(line["name"])],
+            },
+            [],
+        )
+    if args.annotations:
+        source = coco.CocoSource(args.images, args.annotations, on_error="skip")
+        _write_objects(args, source, source, tested)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES
+
+
+def _write_pairs(args: argparse.Namespace, train: nyu.NyuSource, test: nyu.NyuSource) -> None:
+    lines = {
+        split: [
+            {"name": name} | {kind: str(path.absolute()) for kind, path in source.paths(i).items()}
+            for i, name in enumerate(source.names)
+        ]
+        for split, source in (("train", train), ("test", test))
+    }
+    _build_pairs(args, lines, [f"{name}: {why}" for part in (train, test) for name, why in part.reasons.items()])
+
+
+def _build_pairs(args: argparse.Namespace, lines: dict[str, list], broken: list[str]) -> None:
+    from aitok_jax.data.builders import build
+    from aitok_jax.data.builders.nyu import NyuPairs
+
+    build.build(_settings(args), NyuPairs, {split: _numbered(lines[split]) for split in lines}, broken)
+
+
+def _write_objects(
+    args: argparse.Namespace,
+    train: coco.CocoSource,
+    test: coco.CocoSource,
+    tested: Callable[[str], bool] | None = None,
+) -> None:
+    """With `tested`, both sources are one, whose images it divides."""
+    from aitok_jax.data.builders import build
+    from aitok_jax.data.builders.coco import CocoInstances
+
+    if (train.category_ids, train.categories) != (test.category_ids, test.categories):
+        raise nyu.DataError(f"{train.path} and {test.path} list other categories; give both the same list")
+    lines = {"train": _object_lines(train), "test": _object_lines(test)}
+    if tested:
+        lines = {
+            "train": [line for line in lines["train"] if not tested(line["name"])],
+            "test": [line for line in lines["test"] if tested(line["name"])],
+        }
+    sources = [train] if tested else [train, test]
+    broken = [f"{source.path}: {label}: {why}" for source in sources for label, why in source.reasons.items()]
+    contents = {
+        split: (source.content, source.fingerprint()["annotations"])
+        for split, source in (("train", train), ("test", test))
+    }
+    builder = functools.partial(CocoInstances, categories=train.categories)
+    build.build(_settings(args), builder, {split: _numbered(lines[split]) for split in lines}, broken, contents)
+
+
+def _object_lines(source: coco.CocoSource) -> list[dict[str, Any]]:
+    """What the builder reads of every image of the JSON."""
+    of_image = collections.defaultdict(list)
+    for annotation in source.content["annotations"]:
+        of_image[annotation["image_id"]].append(annotation)
+    classes = {category: i for i, category in enumerate(source.category_ids)}
+    return [
+        {
+            "name": entry["file_name"],
+            "path": str(source.image_path(entry["file_name"]).absolute()),
+            "json": str(source.path),
+            "entry": entry,
+            "annotations": of_image[entry["id"]],
+            "labels": [classes[annotation["category_id"]] for annotation in of_image[entry["id"]]],
+        }
+        for entry in source.content["images"]
+    ]
+
+
+def _numbered(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"index": i, **line} for i, line in enumerate(lines)]
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from aitok_jax.data.builders.build import Settings
+
+    out, options = Path(args.out).absolute(), args.beam_pipeline_options
+    return Settings(out, out / _UNFINISHED, args.max_broken, args.manifest, args.beam or bool(options), options)
+
+
+_COMMON = {
+    "max_broken": (0, "broken files and annotations to leave out before it is an error"),
+    "manifest": ("", "prepared folder whose names and hashes the files must have"),
+    "beam": (False, "run with Apache Beam"),
+    "beam_pipeline_options": ("", "the same with options, as in runner=FlinkRunner,parallelism=8"),
+}
+_KINDS = {  # of each: its function, what it prepares, positional arguments, options with their defaults
+    "nyu": (
+        prepare_nyu,
+        "NYUv2, or any folder in its layout",
+        ["root"],
+        {
+            "train_list": ("", "list of pairs, as the reader takes it; without, the folder is looked through"),
+            "test_list": ("", "the same to evaluate on"),
+            "train_folder": ("", "folder in ROOT that the training pairs are relative to"),
+            "test_folder": ("official_splits/test", "the same to evaluate on"),
+            "train_count": (nyu.TRAIN_COUNT, "training pairs that there must be; 0 = any"),
+            "test_count": (nyu.TEST_COUNT, "the same to evaluate on"),
+        },
+    ),
+    "coco": (
+        prepare_coco,
+        "COCO 2017, or any images with instances JSONs",
+        ["root"],
+        {
+            "train_images": ("train2017", "folder in ROOT"),
+            "test_images": ("val2017", "folder in ROOT"),
+            "train_annotations": ("annotations/instances_train2017.json", "JSON in ROOT"),
+            "test_annotations": ("annotations/instances_val2017.json", "JSON in ROOT"),
+            "train_count": (COCO_COUNTS[0], "training images that there must be; 0 = any"),
+            "test_count": (COCO_COUNTS[1], "the same to evaluate on"),
+        },
+    ),
+    "scenes": (
+        prepare_scenes,
+        "built-in scenes, rendered first",
+        [],
+        {
+            "train": (6000, "training frames"),
+            "test": (400, "frames to evaluate on"),
+            "height": (480, "pixels"),
+            "width": (640, "pixels"),
+            "seed": (0, "another seed gives other scenes"),
+            "workers": (os.cpu_count() or 1, "processes that render"),
+        },
+    ),
+    "folder": (
+        prepare_folder,
+        "your own images",
+        ["images"],
+        {
+            "depth": ("", "folder of 16-bit PNGs in millimetres: a/b.png for IMAGES/a/b.jpg"),
+            "annotations": ("", "instances JSON (COCO) with file names relative to IMAGES"),
+            "test_share": (0.1, "share of the images to evaluate on, chosen by a hash of the name"),
+        },
+    ),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m aitok_jax.data.prepare", description="Prepares data as TFRecords.")
+    kinds = parser.add_subparsers(required=True, metavar="|".join(_KINDS))
+    for name, (run, about, positional, options) in _KINDS.items():
+        kind = kinds.add_parser(name, help=about, description=about)
+        for argument in [*positional, "out"]:
+            kind.add_argument(argument, help="folder")
+        for option, (default, meaning) in (options | _COMMON).items():
+            how = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+            kind.add_argument(f"--{option}", help=meaning + (f" (default {default})" if default else ""), **how)
+        kind.set_defaults(run=run)
+    return parser
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    try:
+        args.run(args)
+        shutil.rmtree(Path(args.out) / _UNFINISHED)
+    except (ValueError, FileNotFoundError, ChildProcessError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
