@@ -17,7 +17,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from aitok_jax import checkpoint, config_utils, run_dir, train
+from aitok_jax import checkpoint, config_utils, preemption, run_dir, train
 
 LOG = logging.getLogger("aitok_jax")
 MODES = {"train": train.train, "eval": train.evaluate}
@@ -57,7 +57,9 @@ def main(_: list[str]) -> None:
     LOG.setLevel(logging.INFO)
     if flags.FLAGS.multihost:
         jax.distributed.initialize()
-    for name, value in run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode).items():
+    with preemption.handled():
+        metrics = run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode)
+    for name, value in metrics.items():
         print(f"{name} {value:.6g}")
 
 
