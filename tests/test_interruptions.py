@@ -1,0 +1,153 @@
+"""Real signals to real processes, at random moments; full disks and damaged files. See `toy_run`."""
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+import toy_run
+
+from aitok_jax import checkpoint
+
+KILLS = 20
+STEPS = 100
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run that nothing has interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert toy_run.finish(toy_run.start(workdir, cache=cache, train_steps=STEPS)) == 0
+    return workdir
+
+
+@pytest.fixture
+def run(tmp_path, cache):
+    """Starts, in the test's own directory, what `whole` did."""
+    return lambda **options: toy_run.start(tmp_path / "run", cache=cache, **{"train_steps": STEPS, **options})
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_same_run(a, b):
+    assert_same_bits(toy_run.state(a), toy_run.state(b))
+    assert toy_run.lines(a) == toy_run.lines(b)
+    assert_same_bits(checkpoint.load_inference(a / "best")[1], checkpoint.load_inference(b / "best")[1])
+
+
+def logged(workdir):
+    """The last step in metrics.jsonl; 0 without any."""
+    return max((line["step"] for line in toy_run.lines(workdir)), default=0) if workdir.exists() else 0
+
+
+def after_steps(process, workdir, rng, most):
+    """Waits for 0 to `most` steps more than are saved, and a part of a step."""
+    target = max(checkpoint.latest_step(workdir), 0) + rng.randint(0, most)
+    if rng.random() < 0.2:
+        time.sleep(rng.uniform(0, 0.5))  # while it starts
+        return
+    toy_run.wait_for(lambda: (workdir / "metrics.jsonl").exists() and logged(workdir) >= target)
+    time.sleep(rng.uniform(0, 0.05))
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(run, whole, tmp_path):
+    rng, workdir = random.Random(), tmp_path / "run"
+    for _ in range(KILLS):
+        process = run()
+        after_steps(process, workdir, rng, most=STEPS // KILLS)
+        os.kill(process.pid, signal.SIGKILL)
+        assert toy_run.finish(process) == -signal.SIGKILL
+    assert toy_run.finish(run()) == 0, toy_run.output(workdir)
+    assert_same_run(workdir, whole)
+
+
+def test_stopped_by_signals_it_loses_no_step(run, whole, tmp_path):
+    rng, workdir = random.Random(), tmp_path / "run"
+    for number in (signal.SIGTERM, signal.SIGINT) * 3:
+        before = max(checkpoint.latest_step(workdir), 0)
+        process = run(checkpoint_every=1000)
+        toy_run.wait_for(lambda start=before: (workdir / "metrics.jsonl").exists() and logged(workdir) > start)
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(process.pid, number)
+        assert toy_run.finish(process) == 128 + number
+        stopped_at = checkpoint.latest_step(workdir)
+        assert before < logged(workdir) == stopped_at
+        assert "stopped by a signal; the same command goes on from" in toy_run.output(workdir)
+    assert toy_run.finish(run(checkpoint_every=1000)) == 0
+    assert_same_run(workdir, whole)
+
+
+def interrupt(process, workdir, number=signal.SIGTERM):
+    """Signals a process that has fallen asleep (in C, for a minute); the exit code."""
+    toy_run.wait_for(lambda: (workdir / "asleep").exists())
+    started = time.monotonic()
+    os.kill(process.pid, number)
+    code = toy_run.finish(process)
+    assert time.monotonic() - started < 5
+    (workdir / "asleep").unlink()
+    return code
+
+
+def test_a_signal_during_compilation_stops_all_stages_at_once(run, tmp_path):
+    process = run(slow="compilation", stages=("first", "second"))
+    toy_run.wait_for(lambda: (tmp_path / "run" / "asleep").exists() or not process.is_alive())
+    assert interrupt(process, tmp_path / "run") == 143
+    assert checkpoint.latest_step(tmp_path / "run" / "first") == -1
+    assert not (tmp_path / "run" / "second").exists()
+
+
+def test_a_signal_during_an_evaluation_costs_only_that_evaluation(run, whole, tmp_path):
+    workdir = tmp_path / "run"
+    assert interrupt(run(slow="evaluation", checkpoint_every=0), workdir, signal.SIGINT) == 130
+    assert checkpoint.latest_step(workdir) == 10
+    assert "error" not in (workdir / "metrics.jsonl").read_text()
+    assert toy_run.finish(run(train_steps=20, eval_every=0)) == 0
+    assert toy_run.lines(workdir)[9:11] == toy_run.lines(whole)[9:10] + toy_run.lines(whole)[11:12]
+    final = [line for line in toy_run.lines(workdir) if "line/error" in line]
+    assert final == [line for line in toy_run.lines(whole) if "line/error" in line][1:2]
+
+
+def test_a_signal_during_the_final_evaluation_leaves_a_finished_run(run, whole, tmp_path):
+    workdir = tmp_path / "run"
+    assert interrupt(run(slow="evaluation", eval_every=0, checkpoint_every=0), workdir) == 143
+    assert checkpoint.latest_step(workdir) == STEPS
+    assert not (workdir / "metrics.json").exists()
+    assert toy_run.finish(run(slow="compilation")) == 0  # trains nothing
+    assert (workdir / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+    assert toy_run.lines(workdir)[-1] == toy_run.lines(whole)[-1]
+
+
+def test_a_second_signal_stops_at_once(run, tmp_path):
+    process = run(slow="batch")
+    toy_run.wait_for(lambda: (tmp_path / "run" / "asleep").exists())
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.is_alive()
+    assert interrupt(process, tmp_path / "run") == 143
+
+
+def test_a_full_disk_stops_the_run_and_spares_what_is_saved(run, whole, tmp_path):
+    workdir = tmp_path / "run"
+    assert toy_run.finish(run(train_steps=4, keep_checkpoints=1)) == 0
+    saved = toy_run.state(workdir)
+    assert toy_run.finish(run(file_limit=100_000, keep_checkpoints=1)) == 1
+    error = toy_run.output(workdir)
+    assert f"could not be written to {workdir / 'checkpoints'}" in error
+    assert "goes on from step 4" in error
+    assert checkpoint.latest_step(workdir) == 4
+    assert_same_bits(toy_run.state(workdir), saved)
+    assert toy_run.finish(run()) == 0
+    assert_same_bits(toy_run.state(workdir), toy_run.state(whole))
