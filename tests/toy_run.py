@@ -124,6 +124,7 @@ def _run(values, workdir, *, devices, cache, output, slow, pause, file_limit, st
     train.pipeline.train_batches = _train_batches
     train.sharding.shard_batch = sleepy(train.sharding.shard_batch, "batch")
     train.evaluators.evaluate = sleepy(_evaluate, "evaluation")
+    checkpoint.save = sleepy(checkpoint.save, "save")
     train._compile = sleepy(train._compile, "compilation")
     silent = SimpleNamespace(write_scalars=lambda *_: None, flush=lambda: None, close=lambda: None)
     run_dir._event_writer = lambda _: silent
