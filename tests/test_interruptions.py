@@ -5,13 +5,14 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import toy_run
 
-from aitok_jax import checkpoint
+from aitok_jax import checkpoint, run_dir
 
 KILLS = 20
 STEPS = 60
@@ -26,14 +27,18 @@ def cache(tmp_path_factory):
 def whole(tmp_path_factory, cache):
     """A run that nothing has interrupted."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    assert toy_run.finish(toy_run.start(workdir, cache=cache, train_steps=STEPS)) == 0
+    assert toy_run.finish(toy_run.start(workdir, cache=cache, train_steps=STEPS, keep_checkpoints=STEPS)) == 0
     return workdir
 
 
 @pytest.fixture
 def run(tmp_path, cache):
     """Starts, in the test's own directory, what `whole` did."""
-    return lambda **options: toy_run.start(tmp_path / "run", cache=cache, **{"train_steps": STEPS, **options})
+
+    def start(folder="run", **options):
+        return toy_run.start(tmp_path / folder, cache=cache, **{"train_steps": STEPS, **options})
+
+    return start
 
 
 def assert_same_bits(a, b):
@@ -91,7 +96,7 @@ def test_stopped_by_signals_it_loses_no_step(run, whole, tmp_path):
 
 def interrupt(process, workdir, number=signal.SIGTERM):
     """Signals a process that has fallen asleep (in C, for a minute); the exit code."""
-    toy_run.wait_for(lambda: (workdir / "asleep").exists())
+    toy_run.wait_for((workdir / "asleep").exists)
     started = time.monotonic()
     os.kill(process.pid, number)
     code = toy_run.finish(process)
@@ -129,7 +134,7 @@ def test_a_signal_during_the_final_evaluation_leaves_a_finished_run(run, whole, 
 
 def test_a_second_signal_stops_at_once(run, tmp_path):
     process = run(slow="save")
-    toy_run.wait_for(lambda: (tmp_path / "run" / "asleep").exists())
+    toy_run.wait_for((tmp_path / "run" / "asleep").exists)
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(0.3)
     assert process.is_alive()
@@ -148,3 +153,45 @@ def test_a_full_disk_stops_the_run_and_spares_what_is_saved(run, whole, tmp_path
     assert_same_bits(toy_run.state(workdir), saved)
     assert toy_run.finish(run(train_steps=6)) == 0
     assert_same_bits(toy_run.state(workdir)["params"], toy_run.state(whole, 6)["params"])
+
+
+def test_it_goes_on_with_other_devices_or_says_what_is_wrong(run, whole, tmp_path):
+    workdir = tmp_path / "run"
+    assert toy_run.finish(run(devices=8, fsdp=4, train_steps=4)) == 0
+    saved = toy_run.state(workdir)
+    processes = {}
+    for name, options in {
+        "fsdp": {"devices": 2, "fsdp": 4},
+        "batch": {"devices": 3},
+        "one": {},
+        "two": {"devices": 2, "fsdp": 2},
+    }.items():
+        shutil.copytree(workdir, tmp_path / name)
+        processes[name] = run(folder=name, train_steps=6, **options)
+    codes = {name: toy_run.finish(process) for name, process in processes.items()}
+    assert codes == {"fsdp": 1, "batch": 1, "one": 0, "two": 0}
+    assert "fsdp=4 must divide the 2 devices; use one of [1, 2]" in toy_run.output(tmp_path / "fsdp")
+    wrong = "batch_size=8 must be divisible by 3 devices; use 6 or 9"
+    assert wrong in toy_run.output(tmp_path / "batch")
+    assert_same_bits(toy_run.state(tmp_path / "batch"), saved)
+    for name in ("one", "two"):
+        assert_same_bits(toy_run.state(tmp_path / name, 4), saved)
+        a, b = toy_run.state(tmp_path / name, 6), toy_run.state(whole, 6)
+        assert a["step"] == 6
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a["params"], b["params"])
+
+
+def test_the_best_weights_of_a_run_are_those_of_its_best_evaluation(whole):
+    errors = {line["step"]: line["line/error"] for line in toy_run.lines(whole) if "line/error" in line}
+    assert list(errors) == list(range(10, STEPS + 1, 10))
+    best = min(errors, key=errors.get)
+    assert [path.name for path in (whole / "best").iterdir()] == [str(best)]
+
+
+def test_a_run_directory_that_cannot_be_written_is_an_error_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "run", Path("/proc/run"), Path("/proc/self")):
+        with pytest.raises(OSError, match=rf"cannot write to the run directory {path} .*; give another --workdir"):
+            run_dir.RunDir(path)
+    run_dir.RunDir(tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())

@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import compilation_cache  # noqa: F401 (imported late by jax)
 from ml_collections import ConfigDict
 
-from aitok_jax import checkpoint, main, preemption, run_dir, tasks, train  # noqa: F401
+from aitok_jax import checkpoint, main, preemption, run_dir, tasks, train
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
