@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -195,3 +196,19 @@ def test_a_run_directory_that_cannot_be_written_is_an_error_at_the_start(tmp_pat
             run_dir.RunDir(path)
     run_dir.RunDir(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_two_hosts_stop_after_the_same_step_and_one_goes_on(run, tmp_path):
+    workdir = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts = [run(host=(number, address), train_steps=100_000, checkpoint_every=0, eval_every=0) for number in range(2)]
+    toy_run.wait_for(lambda: (workdir / "metrics.jsonl").exists() and logged(workdir) >= 3)
+    os.kill(hosts[1].pid, signal.SIGTERM)
+    assert [toy_run.finish(host) for host in hosts] == [143, 143], toy_run.output(workdir)
+    step = checkpoint.latest_step(workdir)
+    assert step == logged(workdir)
+    assert toy_run.output(workdir).count(f"goes on from step {step}") == 2
+    assert toy_run.finish(run(train_steps=step + 2, eval_every=0)) == 0
+    assert logged(workdir) == step + 2

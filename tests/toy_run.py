@@ -5,6 +5,7 @@ A fork server has imported everything, so that a process starts in a fraction of
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 from aitok_jax import checkpoint, main, preemption, run_dir, tasks, train
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+CONTEXT.set_forkserver_preload(["aitok_jax.main", "pytest"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +82,11 @@ def config(**changes):
     ).lock()
 
 
-def _train_batches(source, transform, *, batch_size, seed, start_step, **_):
-    step = start_step
-    while True:
-        yield batch(seed, step, batch_size)
-        step += 1
+def _train_batches(source, transform, *, batch_size, seed, start_step, process_index, process_count):
+    local = batch_size // process_count
+    rows = slice(local * process_index, local * (process_index + 1))
+    for step in itertools.count(start_step):
+        yield {name: values[rows] for name, values in batch(seed, step, batch_size).items()}
 
 
 def _evaluate(task, params, model_state, data, *, batch_size, prefix, **_):
@@ -94,7 +95,7 @@ def _evaluate(task, params, model_state, data, *, batch_size, prefix, **_):
     return {f"{prefix}/error": float(error)}
 
 
-def _run(values, workdir, *, devices, cache, output, slow, pause, file_limit, stages):
+def _run(values, workdir, *, devices, cache, output, slow, file_limit, stages, host):
     """In the new process: everything from here on is what a user's process does, but for task, data and TensorBoard."""
     with Path(output).open("a", buffering=1) as log:
         for stream in (sys.stdout, sys.stderr):
@@ -112,16 +113,17 @@ def _run(values, workdir, *, devices, cache, output, slow, pause, file_limit, st
             if name == slow:
                 Path(workdir, "asleep").touch()
                 time.sleep(60)
-            time.sleep(pause if name == "batch" else 0)
             return function(*args, **options)
 
         return wrapped
 
     train.sharding.MIN_SHARDED_BYTES = 64
+    if host is not None:
+        number, address = host
+        jax.distributed.initialize(address, num_processes=2, process_id=number)
     tasks.build = lambda _: LineTask()
     train.pipeline.build = lambda _: SimpleNamespace(train=None, train_transform=None)
     train.pipeline.train_batches = _train_batches
-    train.sharding.shard_batch = sleepy(train.sharding.shard_batch, "batch")
     train.evaluators.evaluate = sleepy(_evaluate, "evaluation")
     checkpoint.save = sleepy(checkpoint.save, "save")
     train._compile = sleepy(train._compile, "compilation")
@@ -133,10 +135,18 @@ def _run(values, workdir, *, devices, cache, output, slow, pause, file_limit, st
         main.run(run.lock(), workdir)
 
 
-def start(workdir, *, cache, devices=1, slow="", pause=0.0, file_limit=0, stages=(), **changes):
-    """Starts the run in `workdir`; its output goes to WORKDIR.log. Returns the process."""
+def start(workdir, *, cache, devices=1, slow="", file_limit=0, stages=(), host=None, **changes):
+    """Starts the run in `workdir`; its output goes to WORKDIR.log. Returns the process.
+
+    Args:
+      devices: simulated devices.
+      slow: 'compilation', 'evaluation' or 'save', where the process writes the file WORKDIR/asleep and sleeps.
+      file_limit: bytes that a file may have at most, where not 0.
+      stages: names of stages; each is the same run.
+      host: (number, address of the coordinator) where the process is one of two hosts.
+    """
     workdir = Path(workdir)
-    options = {"devices": devices, "cache": cache, "output": workdir.with_suffix(".log"), "slow": slow, "pause": pause}
+    options = {"devices": devices, "cache": cache, "output": workdir.with_suffix(".log"), "slow": slow, "host": host}
     options |= {"file_limit": file_limit, "stages": stages}
     process = CONTEXT.Process(target=_run, args=(config(**changes).to_dict(), workdir), kwargs=options)
     process.start()
