@@ -1,19 +1,24 @@
 """Checkpoints with Orbax: written in the background, restored on any number of devices, usable as weights alone.
 
 A run keeps them in WORKDIR/checkpoints/STEP with three items: `state` (everything, to go on training), `inference`
-({'params', 'model_state'}; the moving average of the parameters where there is one) and `config` (JSON).
+({'params', 'model_state'}; the moving average of the parameters where there is one) and `config` (JSON). WORKDIR/best
+has the last two of the best evaluation, where the config names a `best_metric`.
+
+A checkpoint appears under its name when all of it is written. One that cannot be read all the same is passed over,
+with a warning, for the one before it.
 """
 
-import dataclasses
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from aitok_jax import config_utils
@@ -21,16 +26,26 @@ from aitok_jax.train_state import TrainState
 
 LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+BEST = "best"
 BUILTIN = "builtin"  # names the weights that come with the package, in a folder of that name
-VOCABULARY_TABLES = ("voc_embed", "outp_bias")
 # A run goes on only where these agree with its checkpoint; all else (lengths, intervals, paths) may change.
 FIXED_KEYS = ("name", "seed", "batch_size", "task", "optim.name", "ema_decay")
 
 
+class DamagedError(OSError):
+    """A checkpoint that cannot be read, or all of them."""
+
+
 def open_manager(workdir: str | Path, *, keep: int = 1) -> ocp.CheckpointManager:
-    """The manager of WORKDIR/checkpoints, made where absent; keeps the latest `keep` checkpoints. Close it."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return _manager(Path(workdir) / FOLDER, options)
+    """The manager of WORKDIR/checkpoints, made where absent; keeps the latest `keep` checkpoints. Close it.
+
+    What an interrupted save has left is removed.
+    """
+    folder = Path(workdir) / FOLDER
+    for left in sorted(folder.glob("*.orbax-checkpoint-tmp*")):
+        LOG.warning("%s is a save that was cut off; removed", left)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+    return _manager(folder, options)
 
 
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
@@ -43,10 +58,64 @@ def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, config: ConfigDict) -> None:
-    """Starts writing the state under its step number; the state may be donated as soon as this returns."""
+    """Starts writing the state under its step number; the state may be donated as soon as this returns.
+
+    Raises:
+      OSError: this checkpoint or the one before could not be written.
+    """
     variables = {"params": state.inference_params, "model_state": state.model_state}
     items = _inference_items(variables, config) | {"state": ocp.args.StandardSave(state)}
-    manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
+    with _writing(manager):
+        manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits until what `save` has started is on disk; errors as there."""
+    with _writing(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of Orbax, TensorStore or the file system
+        folder = Path(manager.directory)
+        raise OSError(
+            f"a checkpoint could not be written to {folder} ({_brief(error)}); make room there and give the same "
+            f"command again, which goes on from step {max(_find_checkpoints(folder)[1], default=0)}"
+        ) from error
+
+
+def save_best(
+    workdir: str | Path, step: int, metrics: Mapping[str, float], state: TrainState, config: ConfigDict
+) -> None:
+    """Writes the weights to WORKDIR/best/STEP where `config.best_metric` is better than that of those there.
+
+    Does nothing without a `best_metric`, or where the metric is not a number. Returns when all is written.
+
+    Raises:
+      ValueError: `metrics` has no such metric.
+    """
+    name, sign = config.get("best_metric"), {"min": -1.0, "max": 1.0}[config.get("best_mode", "min")]
+    if not name:
+        return
+    if name not in metrics:
+        raise ValueError(f"best_metric={name!r} is not measured; use one of {', '.join(sorted(metrics))}")
+
+    def score(metrics):
+        return sign * metrics.get(name, -sign * np.inf)
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, best_fn=score, create=True)
+    with _manager(Path(workdir) / BEST, options) as manager:
+        best = manager.best_step()
+        if best == step or not score(metrics) > (-np.inf if best is None else score(manager.metrics(best) or {})):
+            return
+        items = _inference_items({"params": state.inference_params, "model_state": state.model_state}, config)
+        with _writing(manager):
+            manager.save(step, args=ocp.args.Composite(**items), metrics={name: float(metrics[name])}, force=True)
+            manager.wait_until_finished()
+    LOG.info("step %d is the best so far: %s %.6g", step, name, metrics[name])
 
 
 def save_inference(directory: str | Path, variables: Mapping[str, Any], config: ConfigDict, *, step: int = 0) -> None:
@@ -69,6 +138,9 @@ def restore_latest(
 ) -> TrainState | None:
     """The state of the latest checkpoint, or None where there is none.
 
+    Where the latest cannot be read, the one before it is used, and so on; those passed over are renamed to
+    STEP.damaged, so that training can save these steps again.
+
     Args:
       manager: of the run's checkpoints.
       abstract_state: jax.ShapeDtypeStruct leaves with the shardings to restore to, whatever was saved on.
@@ -76,19 +148,78 @@ def restore_latest(
 
     Raises:
       ValueError: the checkpoint is of another configuration, has other parameters or shapes, or only weights.
+      DamagedError: there are checkpoints, but none can be read.
     """
-    step = manager.latest_step()
-    if step is None:
-        return None
-    where = Path(manager.directory) / str(step)
-    if config is not None:
+    errors = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        where = Path(manager.directory) / str(step)
+        try:
+            state = _restore(manager, step, where, abstract_state, config)
+        except DamagedError as error:
+            errors[where], state = error, None
+        if _everywhere(state is not None):
+            _put_aside(manager, errors, where)
+            return state
+        errors.setdefault(where, DamagedError(f"{where} cannot be read on another host"))
+    if errors:
+        raise _none_readable(Path(manager.directory), errors.values())
+    return None
+
+
+def _restore(manager, step: int, where: Path, abstract_state: TrainState, config: ConfigDict | None) -> TrainState:
+    with _reading(where):
         saved = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        has_state = "state" in json.loads((where / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+    if config is not None:
         _check_same_run(saved, config, where)
-    if not (where / "state").is_dir():
+    if not has_state:
         raise ValueError(f"{where} holds weights but no training state; train elsewhere with config.start_from")
-    _check_shapes(manager.item_metadata(step).state.tree, abstract_state, where)
-    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))
-    return restored.state
+    with _reading(where):
+        shapes = manager.item_metadata(step).state.tree
+    _check_shapes(shapes, abstract_state, where)
+    with _reading(where):
+        restore = ocp.args.StandardRestore(abstract_state)
+        return manager.restore(step, args=ocp.args.Composite(state=restore)).state
+
+
+@contextlib.contextmanager
+def _reading(where: Path) -> Iterator[None]:
+    """What Orbax, TensorStore or JSON raise for missing, cut off or altered files is of any type."""
+    try:
+        yield
+    except Exception as error:
+        raise DamagedError(f"{where} cannot be read ({_brief(error)})") from error
+
+
+def _brief(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _everywhere(ok: bool) -> bool:
+    """Whether it is true on all hosts."""
+    return ok if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(ok)).all())
+
+
+def _none_readable(folder: Path, errors: Iterable[Exception]) -> DamagedError:
+    lines = "\n  ".join(str(error) for error in errors)
+    return DamagedError(
+        f"no checkpoint in {folder} can be read; bring back a copy, or move it away to start anew\n  {lines}"
+    )
+
+
+def _put_aside(manager: ocp.CheckpointManager, errors: Mapping[Path, Exception], used: Path) -> None:
+    for where, error in errors.items():
+        aside = where.with_name(f"{where.name}.damaged")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}+")
+        LOG.warning("%s; going on from %s instead, and keeping the other as %s", error, used, aside.name)
+        if jax.process_index() == 0:
+            where.rename(aside)
+    if errors:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are put aside")
+        manager.reload()
 
 
 def _check_same_run(saved: Mapping, config: ConfigDict, where: Path) -> None:
@@ -128,7 +259,8 @@ def load_inference(path: str | Path, step: int | None = None) -> tuple[ConfigDic
     """Configuration and weights of a run, without its training state.
 
     Args:
-      path: a run directory, its checkpoints/ directory, or one checkpoint in it; or 'builtin' (see `locate`).
+      path: a run directory, its checkpoints/ directory, or one checkpoint in it; RUN/best for the best evaluation's
+        weights; or 'builtin' (see `locate`).
       step: which checkpoint; the latest where None.
 
     Returns:
@@ -137,14 +269,29 @@ def load_inference(path: str | Path, step: int | None = None) -> tuple[ConfigDic
 
     Raises:
       FileNotFoundError: no checkpoint there, or not of that step.
+      DamagedError: none of them (or not that step) can be read; otherwise the latest that can is taken, with a warning.
     """
     folder, steps = _find_checkpoints(locate(path))
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {path}; give a run directory, its {FOLDER}/ or one checkpoint in it")
-    step = max(steps) if step is None else step
-    if step not in steps:
+    if step is not None and step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} in {folder}; there are {sorted(steps)}")
-    with _manager(folder, ocp.CheckpointManagerOptions(create=False)) as manager:
+    errors = []
+    for candidate in sorted(steps, reverse=True) if step is None else [step]:
+        try:
+            config, weights = _load(folder, candidate)
+        except DamagedError as error:
+            errors.append(error)
+            continue
+        for error in errors:
+            LOG.warning("%s; using %s instead", error, folder / str(candidate))
+        return config, weights
+    raise _none_readable(folder, errors)
+
+
+def _load(folder: Path, step: int) -> tuple[ConfigDict, dict[str, Any]]:
+    options = ocp.CheckpointManagerOptions(create=False)
+    with _reading(folder / str(step)), _manager(folder, options) as manager:
         tree = manager.item_metadata(step).inference.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
@@ -166,114 +313,3 @@ def _find_checkpoints(path: Path) -> tuple[Path, list[int]]:
         if steps:
             return folder, steps
     return path, []
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeReport:
-    """What `merge` did, as '/'-joined paths: taken over, in the source alone, in the target alone (kept)."""
-
-    used: tuple[str, ...]
-    unused: tuple[str, ...]
-    missing: tuple[str, ...]
-
-    def __str__(self) -> str:
-        parts = [f"{len(self.used)} used, {len(self.unused)} unused, {len(self.missing)} missing"]
-        parts += [f"  unused: {name}" for name in self.unused] + [f"  missing: {name}" for name in self.missing]
-        return "\n".join(parts)
-
-
-def merge(target: Mapping, source: Mapping, prefix: str = "") -> tuple[dict, MergeReport]:
-    """Replaces leaves of the subtree `prefix` of `target` by those of `source` with the same path.
-
-    Args:
-      target: nested dicts of arrays, e.g. {'params', 'model_state'} of a new run.
-      source: the same of another run, from `load_inference`.
-      prefix: '/'-joined path in `target`, '' for all of it. Where `source` has this path too, its subtree is taken
-        ('params' from the parameters of another solver), otherwise all of `source` ('model_state/tokenizer' from the
-        run of a tokenizer).
-
-    Returns:
-      A new tree and the report. Values taken over have the target's dtype. A vocabulary that has grown at its end (a
-      detection model has no spare codes) keeps its own last rows.
-
-    Raises:
-      ValueError: `target` has no such subtree, nothing was used, or shapes differ.
-    """
-    names = prefix.split("/") if prefix else []
-    if _lookup(target, names) is None:
-        raise ValueError(f"start_from: the state has no {prefix!r}; it has {', '.join(sorted(_top_paths(target)))}")
-    found = _lookup(source, names)
-    source = source if found is None else found
-    used, unused, missing = [], [], []
-
-    def take(old: Any, new: Any, path: str) -> Any:
-        if isinstance(old, Mapping) and (new is None or isinstance(new, Mapping)):
-            new = {} if new is None else new
-            unused.extend(f"{path}/{p}" for k in new if k not in old for p in _leaf_paths(new[k], k))
-            return {k: take(v, new.get(k), f"{path}/{k}") for k, v in old.items()}
-        if new is None:
-            missing.append(path)
-            return old
-        if path.rsplit("/", 1)[-1] in VOCABULARY_TABLES and _is_longer(old, new):
-            used.append(path)
-            return np.concatenate([np.asarray(new, old.dtype), np.asarray(old[len(new) :])])
-        if isinstance(old, Mapping) or isinstance(new, Mapping) or tuple(old.shape) != tuple(new.shape):
-            raise ValueError(f"start_from: {path.strip('/')} is {_kind(new)} in the source but {_kind(old)} here")
-        used.append(path)
-        return new.astype(old.dtype)
-
-    def descend(tree: Any, rest: list[str]) -> Any:
-        if not rest:
-            return take(tree, source, prefix)
-        return {k: descend(v, rest[1:]) if k == rest[0] else v for k, v in tree.items()}
-
-    merged = descend(target, names)
-    if not used:
-        raise ValueError(
-            f"start_from: nothing of the source fits {prefix!r}; the source has {sorted(_top_paths(source))}, "
-            f"the state {sorted(_top_paths(_lookup(target, names)))}"
-        )
-    return merged, MergeReport(*(tuple(sorted(p.strip("/") for p in paths)) for paths in (used, unused, missing)))
-
-
-def start_from(variables: dict, config: ConfigDict) -> dict:
-    """Takes over weights of other runs, as `config.start_from` says, and logs what was used.
-
-    Raises:
-      ValueError: weights that do not fit, or a part of `model_state`, which is never trained, that stays without.
-    """
-    for prefix, path in (config.get("start_from") or {}).items():
-        if not path:
-            if prefix.startswith("model_state"):
-                raise ValueError(f"start_from: {prefix!r} is never trained; give the run directory of its tokenizer")
-            continue
-        _, source = load_inference(path)
-        variables, report = merge(variables, source, prefix)
-        LOG.info("start_from %s <- %s: %s", prefix, path, report)
-        if prefix.startswith("model_state") and report.missing:
-            raise ValueError(f"start_from: {prefix!r} is never trained, but {path} lacks {', '.join(report.missing)}")
-    return variables
-
-
-def _is_longer(old: Any, new: Any) -> bool:
-    return len(old) > len(new) and old.shape[1:] == new.shape[1:]
-
-
-def _lookup(tree: Any, names: list[str]) -> Any:
-    for name in names:
-        tree = tree.get(name) if isinstance(tree, Mapping) else None
-    return tree
-
-
-def _leaf_paths(tree: Any, path: str) -> list[str]:
-    if not isinstance(tree, Mapping):
-        return [path]
-    return [p for key, value in tree.items() for p in _leaf_paths(value, f"{path}/{key}")]
-
-
-def _top_paths(tree: Any) -> set[str]:
-    return {"/".join(path.split("/")[1:3]) for path in _leaf_paths(tree, "")}
-
-
-def _kind(value: Any) -> str:
-    return "a group of parameters" if isinstance(value, Mapping) else f"of shape {tuple(value.shape)}"

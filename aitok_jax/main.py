@@ -17,7 +17,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from aitok_jax import checkpoint, config_utils, run_dir, train
+from aitok_jax import checkpoint, config_utils, preemption, run_dir, train
 
 LOG = logging.getLogger("aitok_jax")
 MODES = {"train": train.train, "eval": train.evaluate}
@@ -52,12 +52,25 @@ def parse_flags(argv: list[str]) -> list[str]:
     return args
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a run that goes on does not compile again.
+
+    In $JAX_COMPILATION_CACHE_DIR, or by default, on accelerators, in ~/.cache/aitok_jax. Code for a CPU may not run on
+    another one that shares the folder, so that on CPUs the variable has to be set.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "aitok_jax"))
+
+
 def main(_: list[str]) -> None:
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells a lot
     LOG.setLevel(logging.INFO)
     if flags.FLAGS.multihost:
         jax.distributed.initialize()
-    for name, value in run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode).items():
+    use_compilation_cache()
+    with preemption.handled():
+        metrics = run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode)
+    for name, value in metrics.items():
         print(f"{name} {value:.6g}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from aitok_jax import config_utils, optim, run_dir, sharding, tasks
+from aitok_jax import checkpoint, config_utils, optim, run_dir, sharding, tasks
 from aitok_jax.data import pipeline
 
 _REQUIRED = ("name", "seed", "task", "data", "batch_size", "eval_batch_size", "train_steps", "log_every", "eval_every")
@@ -49,6 +49,8 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Run:
     for key, value in least.items():
         if config[key] < value:
             raise ValueError(f"{key}={config[key]} must be at least {value}")
+    if config.get("best_mode", "min") not in ("min", "max"):
+        raise ValueError(f"best_mode={config.best_mode!r} must be 'min' or 'max'")
     if not 0.0 <= config.get("ema_decay", 0.0) < 1.0:
         raise ValueError(f"ema_decay={config.ema_decay} must be in [0, 1); 0 is off")
     mesh = sharding.make_mesh(config.get("fsdp", 1))
@@ -61,15 +63,31 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Run:
     variants = {name: _variants(part, changes.get(name) or {}) for name, part in parts.items()}
     for name, part in parts.items():
         _check_sizes(name, configs[name], part)
+    best = config.get("best_metric", "")
+    if best and best.split("/")[0] not in parts:
+        raise ValueError(f"best_metric={best!r} must begin with {' or '.join(f'{name}/' for name in parts)}")
     run = Run(config, run_dir.RunDir(workdir), mesh, task, parts, variants, {})
-    for key in ("batch_size", "eval_batch_size"):
-        for size in run.each(key).values():
-            sharding.check_batch_size(size, mesh, key)
+    _check_batch_sizes(run)
     data = {name: pipeline.build(configs[name]) for name in parts}
     for name, part in parts.items():
         if part.evaluator == "objects":
             _name_classes(config, part.vocabulary.num_classes, data[name].train)
     return dataclasses.replace(run, data=data)
+
+
+def _check_batch_sizes(run: Run) -> None:
+    """ValueError where a batch cannot be split over the devices, of which there may have been more before."""
+    for size in run.each("eval_batch_size").values():
+        sharding.check_batch_size(size, run.mesh, "eval_batch_size")
+    for size in run.each("batch_size").values():
+        try:
+            sharding.check_batch_size(size, run.mesh)
+        except ValueError as error:
+            if checkpoint.latest_step(run.folder.path) < 0:
+                raise
+            raise ValueError(
+                f"{error}, in a new --workdir: this run goes on with {size} alone, on fewer devices"
+            ) from None
 
 
 def _check_sizes(name: str, data: Mapping, task: tasks.Task) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -31,12 +32,18 @@ class RunDir:
         self._first_host = jax.process_index() == 0
         self._events = None
         self._untimed = 0.0
+        self._evaluated = set()
         if self._first_host:
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                _write(self.path / "writable", "")
+                (self.path / "writable").unlink()
+            except OSError as error:
+                raise OSError(f"cannot write to the run directory {path} ({error}); give another --workdir") from error
 
     def write_json(self, name: str, value: Any) -> None:
         if self._first_host:
-            (self.path / name).write_text(json.dumps(value, indent=2) + "\n")
+            _write(self.path / name, json.dumps(value, indent=2) + "\n")
 
     def check_data(self, fingerprint: dict[str, Any], start: int) -> None:
         """Keeps a fingerprint of the data in data.json.
@@ -92,6 +99,10 @@ class RunDir:
         speeds = {"steps_per_sec": speed, "images_per_sec": speed * self._batch_size}
         self._write(step, {name: float(value) for name, value in metrics.items()} | speeds, "train/")
 
+    def evaluated(self, step: int) -> bool:
+        """Whether an evaluation of this step was logged before the run went on."""
+        return step in self._evaluated
+
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Logs the metrics of an evaluation, and shows the panels it left."""
         self._write(step, {name: float(value) for name, value in metrics.items()}, "")
@@ -114,10 +125,19 @@ class RunDir:
         file = self.path / "metrics.jsonl"
         if file.exists():
             lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            kept = {line: json.loads(line) for line in lines if json.loads(line)["step"] <= step}
+            self._evaluated = {values["step"] for values in kept.values() if "loss" not in values}
+            _write(file, "".join(kept))
 
     def _now(self) -> float:
         return time.perf_counter() - self._untimed
+
+
+def _write(file: Path, text: str) -> None:
+    """Replaces the file as a whole, so that a kill leaves the old one or the new one."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    os.replace(part, file)
 
 
 def _event_writer(path: Path) -> Any:

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from aitok_jax import checkpoint, evaluators, optim, run_dir, sharding
+from aitok_jax import checkpoint, evaluators, optim, preemption, run_dir, sharding, warm_start
 from aitok_jax.data import pipeline
 from aitok_jax.prepare import Run, prepare
 from aitok_jax.train_state import TrainState
@@ -40,6 +40,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     Raises:
       ValueError: a configuration that cannot work, or that is not the one of the checkpoint.
       FloatingPointError: the loss or the gradient is not finite; such a state is never saved.
+      OSError: the directory cannot be written to, or no checkpoint in it can be read.
+      preemption.Stopped: a signal came; the state is saved.
     """
     run = prepare(config, workdir)
     with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as manager:
@@ -48,16 +50,18 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         batches, example = _batches(run, start)
         optimizer = optim.make_optimizer(config.optim, config.train_steps)
         state, shardings = restore_or_init(run, manager, optimizer, example)
+        if int(state.step) != start:  # a damaged checkpoint was passed over
+            start = int(state.step)
+            batches, _ = _batches(run, start)
         run.folder.write_json("config.json", config.to_dict())
         run.folder.write_json("env.json", run_dir.environment(run.mesh))
-        if start >= config.train_steps:
-            return evaluate_all(run, state.inference_params, state.model_state)
-        step = _compile(make_step(run, optimizer, shardings), state, example)
         with run.folder.logging(start, sum(run.each("batch_size").values())):
-            state = _loop(run, manager, step, state, batches)
-            manager.wait_until_finished()
+            if start < config.train_steps:
+                step = _compile(make_step(run, optimizer, shardings), state, example)
+                state = _loop(run, manager, step, state, batches)
             metrics = evaluate_all(run, state.inference_params, state.model_state)
-            run.folder.evaluation(config.train_steps, metrics)
+            _record(run, state, metrics)
+        run.folder.write_json("metrics.json", metrics)
     return metrics
 
 
@@ -66,7 +70,9 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     _, variables = checkpoint.load_inference(workdir)
     run = prepare(config, workdir)
     variables = _put(variables, sharding.state_shardings(variables, run.mesh))
-    return evaluate_all(run, variables["params"], variables["model_state"])
+    metrics = evaluate_all(run, variables["params"], variables["model_state"])
+    run.folder.write_json("metrics.json", metrics)
+    return metrics
 
 
 def _batches(run: Run, start: int) -> tuple[Iterator[dict], Batch]:
@@ -113,7 +119,7 @@ def restore_or_init(
     state = checkpoint.restore_latest(manager, target, run.config)
     if state is None:
         parts = {"params": shardings.params, "model_state": shardings.model_state}
-        variables = checkpoint.start_from(jax.jit(init, out_shardings=parts)(example), run.config)
+        variables = warm_start.start_from(jax.jit(init, out_shardings=parts)(example), run.config)
         state = jax.jit(create, out_shardings=shardings)(_put(variables, parts))
     return state, shardings
 
@@ -159,14 +165,19 @@ def _compile(step: Any, state: TrainState, example: Batch) -> Step:
 def _loop(
     run: Run, manager: ocp.CheckpointManager, step: Step, state: TrainState, batches: Iterator[dict]
 ) -> TrainState:
-    """All steps that are left. At most two are under way, so that batches do not pile up on the devices (and so that
-    the collectives of many steps cannot block each other on simulated devices). Metrics of a logged step are fetched
-    when the next step is under way.
+    """All steps that are left, their checkpoints and evaluations between them.
+
+    At most two steps are under way, so that batches do not pile up on the devices (and so that the collectives of many
+    steps cannot block each other on simulated devices). Metrics of a logged step are fetched when the next step is
+    under way. An evaluation comes after a checkpoint, so that it may be interrupted at any time.
     """
     config, start, last = run.config, int(state.step), run.config.train_steps
     hidden = jax.process_index() != 0
     waiting, before = None, {}
-    with tqdm(desc=config.name, unit="step", initial=start, total=last, disable=hidden) as bar:
+    progress = tqdm(desc=config.name, unit="step", initial=start, total=last, disable=hidden)
+    with progress as bar, preemption.deferred():
+        if start and _due(start, config.eval_every):
+            _evaluate_between(run, manager, state)
         for number in range(start + 1, last + 1):
             state, metrics = step(state, sharding.shard_batch(next(batches), run.mesh))
             jax.block_until_ready(before)
@@ -175,24 +186,42 @@ def _loop(
             if waiting:
                 _log(run, bar, *waiting)
             waiting = (number, metrics) if number == last or _due(number, config.log_every) else None
-            stop = manager.reached_preemption(number)
-            save = number == last or stop or _due(number, config.checkpoint_every)
-            evaluate_now = number < last and _due(number, config.eval_every)
-            if waiting and (save or evaluate_now):
+            stop = preemption.requested() or manager.reached_preemption(number)
+            evaluate_now = number < last and not stop and _due(number, config.eval_every)
+            save = number == last or stop or evaluate_now or _due(number, config.checkpoint_every)
+            if waiting and save:
                 _log(run, bar, *waiting)
                 waiting = None
             with run.folder.untimed():
                 if save:
                     check_finite(number, jax.device_get(metrics))
                     checkpoint.save(manager, state, config)
-                if stop and number < last:
-                    manager.wait_until_finished()
-                    raise SystemExit(f"stopped by a preemption notice; the same command goes on from step {number}")
+                if stop or number == last:
+                    checkpoint.finish(manager)
+                if stop:
+                    raise preemption.Stopped(f"stopped by a signal; the same command goes on from step {number}")
                 if evaluate_now:
-                    for name in run.parts:
-                        scores = _evaluate(run, name, state.inference_params, state.model_state)
-                        run.folder.evaluation(number, scores)
+                    _evaluate_between(run, manager, state)
     return state
+
+
+def _evaluate_between(run: Run, manager: ocp.CheckpointManager, state: TrainState) -> None:
+    """A periodic evaluation of a state that is saved, or is being saved: a signal ends it as soon as that is done."""
+    if run.folder.evaluated(int(state.step)):
+        return
+    with preemption.deferred(lambda: checkpoint.finish(manager)):
+        metrics = {}
+        for name in run.parts:
+            metrics |= _evaluate(run, name, state.inference_params, state.model_state)
+        _record(run, state, metrics)
+
+
+def _record(run: Run, state: TrainState, metrics: dict[str, float]) -> None:
+    """Logs an evaluation, once the weights are kept where it is the best."""
+    step = int(state.step)
+    if not run.folder.evaluated(step):
+        checkpoint.save_best(run.folder.path, step, metrics, state, run.config)
+        run.folder.evaluation(step, metrics)
 
 
 def _log(run: Run, bar: tqdm, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -216,15 +245,13 @@ def check_finite(step: int, metrics: dict[str, Any]) -> None:
 
 
 def evaluate_all(run: Run, params: Any, model_state: Any) -> dict[str, float]:
-    """The final evaluation, of the task and of its variants: flat names to numbers, also written to metrics.json."""
+    """The final evaluation, of the task and of its variants: flat names to numbers."""
     metrics = {}
     for name in run.parts:
         metrics |= _evaluate(run, name, params, model_state, baseline=run.config.get("eval_baseline", False))
         for variant in run.variants[name]:
             metrics |= _evaluate(run, name, params, model_state, variant)
-    metrics = {name: float(value) for name, value in metrics.items()}
-    run.folder.write_json("metrics.json", metrics)
-    return metrics
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _evaluate(

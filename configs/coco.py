@@ -115,6 +115,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "eval_every": recipe["steps"] // 10,
             "checkpoint_every": 1000,
             "keep_checkpoints": 2,
+            "best_metric": f"{arg.task}/{'mask' if masks else 'box'}_ap",
+            "best_mode": "max",
             "optim": optimizer(recipe["learning_rate"], recipe["clip_norm"], recipe["warmup"]),
             "ema_decay": 0.0,
             "fsdp": 1,

@@ -73,6 +73,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "eval_every": STEPS // 10,
             "checkpoint_every": 1000,
             "keep_checkpoints": 2,
+            "best_metric": "instances/mask_ap",
+            "best_mode": "max",
             "optim": coco.optimizer(8e-4, 10.0, 12_115),
             "ema_decay": 0.0,
             "fsdp": 1,

@@ -106,6 +106,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "eval_every": 5050,
             "checkpoint_every": 1010,
             "keep_checkpoints": 2,
+            "best_metric": "depth/rmse",
+            "best_mode": "min",
             "optim": {
                 "name": "adamw",
                 "learning_rate": backbone["learning_rate"],

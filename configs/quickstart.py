@@ -92,6 +92,8 @@ def stage(name: str, task: dict, data: dict, batch_size: int | dict, budget: dic
         "eval_every": 0,
         "checkpoint_every": 1000,
         "keep_checkpoints": 1,
+        "best_metric": "",
+        "best_mode": "min",
         "optim": {
             "name": "adamw" if tokenizer else "muon",
             "learning_rate": 1e-3 if tokenizer else 3e-3,

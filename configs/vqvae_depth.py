@@ -104,6 +104,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "eval_every": steps_per_epoch,
             "checkpoint_every": 1000,
             "keep_checkpoints": 2,
+            "best_metric": "tokenizer/rmse",
+            "best_mode": "min",
             "optim": {
                 "name": "adam",
                 "learning_rate": arg.learning_rate,

@@ -85,6 +85,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "eval_every": steps_per_epoch,
             "checkpoint_every": 1000,
             "keep_checkpoints": 2,
+            "best_metric": "mask_tokenizer/mask_ap",
+            "best_mode": "max",
             "optim": {
                 "name": "adam",
                 "learning_rate": 3e-4,

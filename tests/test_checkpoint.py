@@ -1,4 +1,6 @@
 import logging
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -145,34 +147,100 @@ def test_other_shapes_name_parameter_and_both_shapes(tmp_path):
             checkpoint.restore_latest(manager, wanted)
 
 
-def _variables():
-    return {
-        "params": {"head": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}},
-        "model_state": {"tokenizer": {"params": {"conv": jnp.zeros(4)}, "model_state": {}}},
-    }
+def _truncate(folder):
+    largest = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
 
 
-def test_merge_takes_the_same_path_or_the_whole_source():
-    source = {"params": {"conv": np.ones(4)}, "model_state": {}}
-    merged, report = checkpoint.merge(_variables(), source, "model_state/tokenizer")
-    np.testing.assert_array_equal(merged["model_state"]["tokenizer"]["params"]["conv"], np.ones(4))
-    assert report == checkpoint.MergeReport(("model_state/tokenizer/params/conv",), (), ())
-
-    solver = {"params": {"head": {"kernel": np.ones((2, 3)), "gate": np.ones(1)}}, "model_state": source}
-    merged, report = checkpoint.merge(_variables(), solver, "params")
-    np.testing.assert_array_equal(merged["params"]["head"]["kernel"], np.ones((2, 3)))
-    np.testing.assert_array_equal(merged["params"]["head"]["bias"], np.zeros(3))
-    assert report.used == ("params/head/kernel",)
-    assert report.unused == ("params/head/gate",)
-    assert report.missing == ("params/head/bias",)
-    assert "1 used, 1 unused, 1 missing" in str(report)
-    assert merged["params"]["head"]["kernel"].dtype == jnp.float32
+def _empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
 
 
-def test_merge_errors_name_the_parameter():
-    with pytest.raises(ValueError, match=r"params/head/bias is of shape \(4,\) in the source but of shape \(3,\) here"):
-        checkpoint.merge(_variables(), {"params": {"head": {"bias": np.ones(4)}}})
-    with pytest.raises(ValueError, match=r"the state has no 'params/tail'; it has .*params/head"):
-        checkpoint.merge(_variables(), {"params": {}}, "params/tail")
-    with pytest.raises(ValueError, match="nothing of the source fits 'params'"):
-        checkpoint.merge(_variables(), {"params": {"other": np.ones(1)}}, "params")
+DAMAGE = {
+    "empty": _empty,
+    "truncated state": lambda folder: _truncate(folder / "state"),
+    "no state": lambda folder: shutil.rmtree(folder / "state"),
+    "no data": lambda folder: [shutil.rmtree(path) for path in folder.glob("*/d")],
+    "half of config": lambda folder: os.truncate(folder / "config" / "metadata", 40),
+    "no metadata": lambda folder: (folder / "_CHECKPOINT_METADATA").unlink(),
+    "all files empty": lambda folder: [os.truncate(path, 0) for path in folder.rglob("*") if path.is_file()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
+    folder, state = tmp_path / "checkpoints", _state()
+    steps = {step: state.replace(step=jnp.array(step)) for step in (1, 2)}
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        for each in steps.values():
+            checkpoint.save(manager, each, _config())
+    DAMAGE[damage](folder / "2")
+    abstract = _abstract(state, sharding.make_mesh())
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        _assert_equal(checkpoint.restore_latest(manager, abstract, _config()), steps[1])
+        assert f"{folder / '2'} cannot be read" in caplog.text
+        assert f"going on from {folder / '1'} instead, and keeping the other as 2.damaged" in caplog.text
+        assert (folder / "2.damaged").is_dir()
+        checkpoint.save(manager, steps[2], _config())
+        checkpoint.finish(manager)
+        _assert_equal(checkpoint.restore_latest(manager, abstract, _config()), steps[2])
+    DAMAGE[damage](folder / "2")
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.restore_latest(manager, abstract, _config())
+    assert (folder / "2.damaged+").is_dir()
+
+
+@pytest.mark.parametrize("damage", ["truncated weights", "empty"])
+def test_damaged_weights_give_way_to_those_before(tmp_path, caplog, damage):
+    folder, state = tmp_path / "checkpoints", _state()
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        for step in (1, 2):
+            checkpoint.save(manager, state.replace(step=jnp.array(step)), _config())
+    if damage == "empty":
+        _empty(folder / "2" / "inference")
+    else:
+        _truncate(folder / "2" / "inference")
+    _assert_equal(checkpoint.load_inference(tmp_path)[1]["params"], state.ema_params)
+    assert f"{folder / '2'} cannot be read" in caplog.text
+    assert f"using {folder / '1'} instead" in caplog.text
+    with pytest.raises(checkpoint.DamagedError, match="2 cannot be read"):
+        checkpoint.load_inference(tmp_path, step=2)
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_touched(tmp_path):
+    _save(tmp_path, _state())
+    _truncate(tmp_path / "checkpoints" / "1" / "state")
+    before = sorted(tmp_path.rglob("*"))
+    abstract = _abstract(_state(), sharding.make_mesh())
+    with (
+        checkpoint.open_manager(tmp_path) as manager,
+        pytest.raises(checkpoint.DamagedError, match=r"no checkpoint in .* can be read; bring back a copy, or move"),
+    ):
+        checkpoint.restore_latest(manager, abstract, _config())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_cut_off_save_has_left_is_removed_with_a_warning(tmp_path, caplog):
+    left = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
+    (left / "state").mkdir(parents=True)
+    _save(tmp_path, _state())
+    assert not left.exists()
+    assert f"{left} is a save that was cut off; removed" in caplog.text
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 4)])
+def test_the_best_weights_are_kept_apart(tmp_path, mode, best):
+    config = _config(best_metric="toy/rmse", best_mode=mode)
+    for step, value in enumerate([0.5, 0.3, float("nan"), 0.9, 0.3], 1):
+        state = jax.tree.map(lambda x, step=step: jnp.full_like(x, step), _state())
+        checkpoint.save_best(tmp_path, step, {"toy/rmse": value, "toy/other": -step}, state, config)
+    _, variables = checkpoint.load_inference(tmp_path / "best")
+    assert {float(leaf.flat[0]) for leaf in jax.tree.leaves(variables)} == {best}
+    assert [path.name for path in (tmp_path / "best").iterdir()] == [str(best)]
+    with pytest.raises(ValueError, match="best_metric='toy/rmse' is not measured; use one of toy/other"):
+        checkpoint.save_best(tmp_path, 6, {"toy/other": 1.0}, state, config)
+    checkpoint.save_best(tmp_path, 7, {"toy/other": 1.0}, state, _config())
+    other = _config(best_metric="toy/other", best_mode=mode)
+    checkpoint.save_best(tmp_path, 8, {"toy/other": 1.0}, state, other)
+    assert checkpoint.latest_step(tmp_path / "best") == 8

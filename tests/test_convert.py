@@ -10,7 +10,7 @@ import pytest
 import tiny_objects
 from ml_collections import ConfigDict
 
-from aitok_jax import checkpoint, tasks
+from aitok_jax import checkpoint, tasks, warm_start
 from aitok_jax.convert import published, rules
 from aitok_jax.convert.__main__ import to_directory, to_file
 from aitok_jax.convert.files import read_weights, write_weights
@@ -129,7 +129,7 @@ def test_pretrained_backbone(prefix, variables, state_dict, tmp_path):
     config, loaded = checkpoint.load_inference(tmp_path / "backbone")
     same(loaded["params"], {"backbone": variables["params"]["backbone"]})
     fresh = jax.tree.map(np.zeros_like, variables)
-    merged, merge_report = checkpoint.merge(fresh, loaded, "params/backbone")
+    merged, merge_report = warm_start.merge(fresh, loaded, "params/backbone")
     assert not merge_report.missing
     same(merged["params"]["backbone"], variables["params"]["backbone"])
     with pytest.raises(ValueError, match=r"task\.name='backbone'"):

@@ -1,7 +1,10 @@
 """The whole of joint training on built-in scenes: both tokenizers, one solver, evaluation, prediction."""
 
 import json
+import logging
+import re
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,13 +76,33 @@ def joint_config(folder):
     shared.transformer.max_length = 60
     config.optim.update({"layer_decay": 1.0, "warmup_steps": 1})
     config.eval_variants = {"depth": {}, "instances": {"instances_sampled": {"top_p": 0.3}}}
+    config.eval_every = 2
     config.depth_tokenizer, config.mask_tokenizer = str(folder / "depth_tokenizer"), str(folder / "mask_tokenizer")
     return config
 
 
 @pytest.fixture(scope="module")
-def joint(folder, tokenizers):
-    return train.train(joint_config(folder), folder / "joint")
+def compiled():
+    """Names of the programs compiled for the joint run, in order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def joint(folder, tokenizers, compiled):
+    handler = logging.Handler()
+    handler.emit = lambda record: compiled.extend(re.findall(r"^Compiling jit\((\w+)\)", record.getMessage()))
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        metrics = train.train(joint_config(folder), folder / "joint")
+    logger.removeHandler(handler)
+    return metrics
+
+
+def test_a_run_compiles_one_training_step_and_one_prediction_a_task(joint, compiled):
+    """Evaluated twice, in between and at the end; the third prediction is the variant's."""
+    assert compiled.count("step") == 1
+    assert compiled.count("predict") == 3
 
 
 @pytest.mark.parametrize("field", ["num_objects", "mask_size"])

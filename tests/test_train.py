@@ -342,6 +342,8 @@ def test_randomness_changes_from_step_to_step(toy, tmp_path, monkeypatch):
         ({"fsdp": 3}, r"fsdp=3 must divide the 8 devices; use one of \[1, 2, 4, 8\]"),
         ({"train_steps": 0}, "train_steps=0 must be at least 1"),
         ({"log_every": 0}, "log_every=0 must be at least 1"),
+        ({"best_mode": "low"}, "best_mode='low' must be 'min' or 'max'"),
+        ({"best_metric": "depth/rmse"}, "best_metric='depth/rmse' must begin with line/"),
         ({"ema_decay": 1.0}, "ema_decay=1.0 must be in"),
         ({"data__size": 8}, "data.size=8 must be task.image_size=4"),
         ({"eval_variants": {"x": {"nois": 1}}}, "eval_variants.x: 'nois' is unknown; did you mean 'noise'"),
