@@ -46,9 +46,12 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Run:
     if missing:
         raise ValueError(f"config: {', '.join(missing)} must be given")
     least = {"train_steps": 1, "log_every": 1, "keep_checkpoints": 1, "eval_every": 0, "checkpoint_every": 0}
+    micro_batches = config.get("accumulate", 1)
     for key, value in least.items():
         if config[key] < value:
             raise ValueError(f"{key}={config[key]} must be at least {value}")
+    if micro_batches < 1:
+        raise ValueError(f"accumulate={micro_batches} must be at least 1, the number of micro-batches of a step")
     if not 0.0 <= config.get("ema_decay", 0.0) < 1.0:
         raise ValueError(f"ema_decay={config.ema_decay} must be in [0, 1); 0 is off")
     mesh = sharding.make_mesh(config.get("fsdp", 1))
@@ -64,7 +67,7 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Run:
     run = Run(config, run_dir.RunDir(workdir), mesh, task, parts, variants, {})
     for key in ("batch_size", "eval_batch_size"):
         for size in run.each(key).values():
-            sharding.check_batch_size(size, mesh, key)
+            sharding.check_batch_size(size, mesh, key, micro_batches if key == "batch_size" else 1)
     data = {name: pipeline.build(configs[name]) for name in parts}
     for name, part in parts.items():
         if part.evaluator == "objects":

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from aitok_jax import checkpoint, evaluators, optim, run_dir, sharding
+from aitok_jax import accumulate, checkpoint, evaluators, optim, run_dir, sharding
 from aitok_jax.data import pipeline
 from aitok_jax.prepare import Run, prepare
 from aitok_jax.train_state import TrainState
@@ -113,7 +113,7 @@ def restore_or_init(
     if state is None:
         parts = {"params": shardings.params, "model_state": shardings.model_state}
         variables = checkpoint.start_from(jax.jit(init, out_shardings=parts)(example), run.config)
-        state = jax.jit(create, out_shardings=shardings)(_put(variables, parts))
+        state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(_put(variables, parts))
     return state, shardings
 
 
@@ -132,10 +132,11 @@ def make_step(run: Run, optimizer: optax.GradientTransformation, shardings: Trai
     """The jitted step (state, batch) -> (state, metrics). The state given in is donated."""
     schedule = optim.make_schedule(run.config.optim, run.config.train_steps)
     ema_decay = run.config.get("ema_decay", 0.0)
+    micro_batches = run.config.get("accumulate", 1)
+    gradient = accumulate.value_and_grad(run.task, micro_batches, run.mesh, shardings.params)
 
     def step(state, batch):
         rng = jax.random.fold_in(jax.random.key(run.config.seed), state.step)
-        gradient = jax.value_and_grad(run.task.loss, has_aux=True)
         (loss, (metrics, model_state)), grads = gradient(state.params, state.model_state, batch, rng)
         own = {"loss": loss, "learning_rate": schedule(state.step), "grad_norm": optax.global_norm(grads)}
         return state.apply_gradients(grads, model_state, optimizer, ema_decay), metrics | own

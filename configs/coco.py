@@ -118,6 +118,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "optim": optimizer(recipe["learning_rate"], recipe["clip_norm"], recipe["warmup"]),
             "ema_decay": 0.0,
             "fsdp": 1,
+            "accumulate": 1,
             "eval_variants": variants(arg.soft) if masks else {"detection_sampled": {"top_p": 0.3}},
             "eval_baseline": False,
         }

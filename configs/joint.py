@@ -76,6 +76,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "optim": coco.optimizer(8e-4, 10.0, 12_115),
             "ema_decay": 0.0,
             "fsdp": 1,
+            "accumulate": 1,
             "eval_variants": {"depth": depth_variants, "instances": coco.variants(arg.soft)},
             "eval_baseline": False,
         }

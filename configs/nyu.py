@@ -121,6 +121,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             },
             "ema_decay": 0.0,
             "fsdp": 1,
+            "accumulate": 1,
             "eval_variants": {"depth_hard": {"soft_input": False, "soft_detokenize": False}} if arg.soft else {},
             "eval_baseline": False,
         }
