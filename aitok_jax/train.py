@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from aitok_jax import accumulate, checkpoint, evaluators, optim, run_dir, sharding
+from aitok_jax import accumulate, checkpoint, evaluators, optim, overview, run_dir, sharding
 from aitok_jax.data import pipeline
 from aitok_jax.prepare import Run, prepare
 from aitok_jax.train_state import TrainState
@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         run.folder.write_json("env.json", run_dir.environment(run.mesh))
         if start >= config.train_steps:
             return evaluate_all(run, state.inference_params, state.model_state)
-        step = _compile(make_step(run, optimizer, shardings), state, example)
+        step = compile_step(make_step(run, optimizer, shardings), state, example)
         with run.folder.logging(start, sum(run.each("batch_size").values())):
             state = _loop(run, manager, step, state, batches)
             manager.wait_until_finished()
@@ -107,7 +107,8 @@ def restore_or_init(
 
     abstract = jax.eval_shape(lambda batch: create(init(batch)), example)
     shardings = sharding.state_shardings(abstract, run.mesh)
-    LOG.info("%s parameters", f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,}")
+    LOG.info("parameters:\n%s", overview.parameter_table(abstract.params, shardings.params))
+    LOG.info("on each device: %s", overview.describe(overview.state_memory(abstract, shardings)))
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     state = checkpoint.restore_latest(manager, target, run.config)
     if state is None:
@@ -149,10 +150,12 @@ def make_step(run: Run, optimizer: optax.GradientTransformation, shardings: Trai
     )
 
 
-def _compile(step: Any, state: TrainState, example: Batch) -> Step:
+def compile_step(step: Any, state: TrainState, example: Batch) -> Step:
+    """Compiles the step ahead of the loop and logs its time and memory."""
     started = time.perf_counter()
     compiled = step.lower(state, example).compile()
-    LOG.info("training step compiled in %.1f s", time.perf_counter() - started)
+    seconds, memory = time.perf_counter() - started, overview.describe(overview.step_memory(compiled))
+    LOG.info("training step compiled in %.1f s; on each device: %s", seconds, memory)
     return compiled
 
 

@@ -1,6 +1,7 @@
-"""One device, eight, sharded parameters and micro-batches: the same losses, the same codebook, a quarter of the memory."""
+"""One device, eight, sharded parameters and micro-batches: the same losses and codebook, a quarter of the memory."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from aitok_jax import optim, sharding, tasks, train
+import configs
+from aitok_jax import optim, overview, sharding, tasks, train
+from aitok_jax.train_state import TrainState
 
 STEPS, BATCH, SIZE = 20, 16, 16
 TOKENIZER = {"hidden": 4, "downsample": 8, "num_res_blocks": 1, "num_codes": 8, "code_dim": 8}
@@ -118,6 +121,48 @@ def test_micro_batches_train_as_the_whole_batch_does(kind):
     values, state = losses(run_of(kind, plain=True, accumulate=2))
     np.testing.assert_allclose(values, expected, rtol=1e-5)
     _assert_same_codebooks(state, reference)
+
+
+@pytest.mark.parametrize("backbone", ["swin_b", "swin_l"])
+def test_a_quarter_of_the_memory(backbone):
+    """Of the published solvers, by their shapes: parameters, optimizer and moving average on a device."""
+    config = configs.load("nyu", f"backbone={backbone}")
+    task, optimizer = tasks.build(config.task), optim.make_optimizer(config.optim, config.train_steps)
+    images = {"image": np.zeros((1, 480, 480, 3), np.float32), "depth": np.zeros((1, 480, 480), np.float32)}
+
+    def create():
+        return TrainState.create(*task.init(jax.random.key(0), images), optimizer, ema_decay=0.9)
+
+    state = jax.eval_shape(create)
+    whole, quarter = (
+        overview.state_memory(state, sharding.state_shardings(state, sharding.make_mesh(fsdp))) for fsdp in (1, 4)
+    )
+    assert whole["parameters"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert whole["optimizer"] == pytest.approx(2 * whole["parameters"], rel=1e-4)
+    for part in ("parameters", "optimizer", "moving average"):
+        assert whole[part] >= 3.8 * quarter[part]
+
+
+def test_muon_keeps_its_stacks_split():
+    """Its state is one stack of matrices of a size, [number, rows, columns]."""
+    params = {f"layer_{i}": {"kernel": jax.ShapeDtypeStruct((256, 512), np.float32)} for i in range(3)}
+    optimizer = optim.make_optimizer(ConfigDict({**OPTIM, "name": "muon"}), STEPS)
+    state, mesh = jax.eval_shape(optimizer.init, params), sharding.make_mesh(4)
+    stack = next(leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 3)
+    assert stack.shape == (3, 256, 512)
+    assert sharding.state_shardings(stack, mesh).shard_shape(stack.shape) == (3, 256, 128)
+
+
+def test_the_table_shows_what_lies_where():
+    params = {"dense": {"kernel": np.zeros((256, 1024), np.float32), "bias": np.zeros(1024, np.float32)}}
+    mesh = sharding.make_mesh(4)
+    table = overview.parameter_table(params, sharding.state_shardings(params, mesh))
+    rows = [re.split(r"\s{2,}", line) for line in table.splitlines()]
+    assert rows[1:] == [
+        ["dense/bias", "1024", "-", "4.0 KiB", "4.0 KiB"],
+        ["dense/kernel", "256×1024", "axis 1 over fsdp", "1.0 MiB", "256.0 KiB"],
+        ["2 parameters", "263,168", "1.0 MiB", "260.0 KiB"],
+    ]
 
 
 def _assert_same_codebooks(state, reference):
