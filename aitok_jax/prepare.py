@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -68,11 +70,20 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Run:
     for key in ("batch_size", "eval_batch_size"):
         for size in run.each(key).values():
             sharding.check_batch_size(size, mesh, key, micro_batches if key == "batch_size" else 1)
-    data = {name: pipeline.build(configs[name]) for name in parts}
+    data = _build_data({name: configs[name] for name in parts})
     for name, part in parts.items():
         if part.evaluator == "objects":
             _name_classes(config, part.vocabulary.num_classes, data[name].train)
     return dataclasses.replace(run, data=data)
+
+
+def _build_data(configs: Mapping[str, ConfigDict]) -> dict[str, pipeline.Data]:
+    """The data of each part. Scenes that have to be rendered are the first host's work; the others wait for it."""
+    first = jax.process_index() == 0
+    data = {name: pipeline.build(config) for name, config in configs.items()} if first else {}
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("data")
+    return data or {name: pipeline.build(config) for name, config in configs.items()}
 
 
 def _check_sizes(name: str, data: Mapping, task: tasks.Task) -> None:
