@@ -44,7 +44,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     run = prepare(config, workdir)
     with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as manager:
         start = manager.latest_step() or 0
-        batches, example = _batches(run, start)
+        batches, example = first_batches(run, start)
         optimizer = optim.make_optimizer(config.optim, config.train_steps)
         state, shardings = restore_or_init(run, manager, optimizer, example)
         run.folder.write_json("config.json", config.to_dict())
@@ -68,7 +68,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     return evaluate_all(run, variables["params"], variables["model_state"])
 
 
-def _batches(run: Run, start: int) -> tuple[Iterator[dict], Batch]:
+def first_batches(run: Run, start: int) -> tuple[Iterator[dict], Batch]:
     """Host batches from step `start` on, and the first of them on the devices, to show shapes."""
 
     def part_batches(name, batch_size):
