@@ -27,14 +27,16 @@ def get_config():
 
 
 def small_config():
-    """The parallel quickstart's smoke run, with narrow networks and test images that do not fill a batch."""
+    """The parallel quickstart's smoke run with small networks, and test images that do not fill a batch."""
     config = configs.load("quickstart", "smoke,parallel")
     for stage in config.stages.values():
         stage.update({"batch_size": 8, "eval_batch_size": 8, "train_steps": 4, "log_every": 1})
         stage.data.render.update({"train": 16, "test": 6})
-        stage.task.tokenizer.hidden, stage.eval_variants = 4, {}
+        stage.task.tokenizer.update({"hidden": 4, "num_res_blocks": 1})
+        stage.optim.name, stage.eval_variants = "adamw", {}
     task = config.stages.depth.task
-    task.backbone.stem, task.backbone.embed_dim = (8, 8, 16), 16
+    task.flip, task.memory_weight = False, 0.0
+    task.backbone.update({"stem": (), "stem_blocks": 0, "embed_dim": 16})
     task.transformer.update({"dim": 32, "hidden": 64, "decoder_layers": 1})
     return config
 
