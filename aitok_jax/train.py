@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         run.folder.write_json("env.json", run_dir.environment(run.mesh))
         if start >= config.train_steps:
             return evaluate_all(run, state.inference_params, state.model_state)
-        step = compile_step(make_step(run, optimizer, shardings), state, example)
+        step = _compile(make_step(run, optimizer, shardings), state, example)
         with run.folder.logging(start, sum(run.each("batch_size").values())):
             state = _loop(run, manager, step, state, batches)
             manager.wait_until_finished()
@@ -150,8 +150,7 @@ def make_step(run: Run, optimizer: optax.GradientTransformation, shardings: Trai
     )
 
 
-def compile_step(step: Any, state: TrainState, example: Batch) -> Step:
-    """Compiles the step ahead of the loop and logs its time and memory."""
+def _compile(step: Any, state: TrainState, example: Batch) -> Step:
     started = time.perf_counter()
     compiled = step.lower(state, example).compile()
     seconds, memory = time.perf_counter() - started, overview.describe(overview.step_memory(compiled))
