@@ -1,10 +1,10 @@
 """Trains and evaluates.
 
     python -m aitok_jax.main --config=configs/X.py[:name=value,...] --workdir=DIR [--mode=train|eval]
-        [--config.key=value ...] [--multihost]
+        [--config.key=value ...] [--multihost | --coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 The same command goes on from the latest checkpoint in DIR; `--mode=eval` evaluates that checkpoint and trains nothing.
-`--multihost` starts jax.distributed (TPU pods, Slurm, or JAX_COORDINATOR_ADDRESS and friends).
+Several processes are one run with `--multihost` on each (TPU pods, Slurm), or with the flags that say who they are.
 """
 
 import json
@@ -17,10 +17,11 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from aitok_jax import checkpoint, config_utils, preemption, run_dir, train
+from aitok_jax import checkpoint, config_utils, distributed, preemption, run_dir, train
 
 LOG = logging.getLogger("aitok_jax")
 MODES = {"train": train.train, "eval": train.evaluate}
+PROCESSES = ("multihost", "coordinator", "num_processes", "process_id")
 
 
 def run(config: ConfigDict, workdir: str | Path, mode: str = "train") -> dict[str, float]:
@@ -65,8 +66,10 @@ def use_compilation_cache() -> None:
 def main(_: list[str]) -> None:
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells a lot
     LOG.setLevel(logging.INFO)
-    if flags.FLAGS.multihost:
-        jax.distributed.initialize()
+    try:
+        distributed.start(*(flags.FLAGS[name].value for name in PROCESSES))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
     use_compilation_cache()
     with preemption.handled():
         metrics = run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode)
@@ -78,5 +81,8 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Configuration file, with :arguments.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Run directory, made where absent.")
     flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
-    flags.DEFINE_bool("multihost", False, "Start jax.distributed; give it on every host.")
+    flags.DEFINE_bool("multihost", False, "One of several processes, as its surroundings say (TPU pods, Slurm).")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
     app.run(main, flags_parser=parse_flags)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -46,11 +48,14 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Run:
     if missing:
         raise ValueError(f"config: {', '.join(missing)} must be given")
     least = {"train_steps": 1, "log_every": 1, "keep_checkpoints": 1, "eval_every": 0, "checkpoint_every": 0}
+    micro_batches = config.get("accumulate", 1)
     for key, value in least.items():
         if config[key] < value:
             raise ValueError(f"{key}={config[key]} must be at least {value}")
     if config.get("best_mode", "min") not in ("min", "max"):
         raise ValueError(f"best_mode={config.best_mode!r} must be 'min' or 'max'")
+    if micro_batches < 1:
+        raise ValueError(f"accumulate={micro_batches} must be at least 1, the number of micro-batches of a step")
     if not 0.0 <= config.get("ema_decay", 0.0) < 1.0:
         raise ValueError(f"ema_decay={config.ema_decay} must be in [0, 1); 0 is off")
     mesh = sharding.make_mesh(config.get("fsdp", 1))
@@ -67,27 +72,36 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Run:
     if best and best.split("/")[0] not in parts:
         raise ValueError(f"best_metric={best!r} must begin with {' or '.join(f'{name}/' for name in parts)}")
     run = Run(config, run_dir.RunDir(workdir), mesh, task, parts, variants, {})
-    _check_batch_sizes(run)
-    data = {name: pipeline.build(configs[name]) for name in parts}
+    _check_batch_sizes(run, micro_batches)
+    data = _build_data({name: configs[name] for name in parts})
     for name, part in parts.items():
         if part.evaluator == "objects":
             _name_classes(config, part.vocabulary.num_classes, data[name].train)
     return dataclasses.replace(run, data=data)
 
 
-def _check_batch_sizes(run: Run) -> None:
+def _check_batch_sizes(run: Run, micro_batches: int) -> None:
     """ValueError where a batch cannot be split over the devices, of which there may have been more before."""
     for size in run.each("eval_batch_size").values():
         sharding.check_batch_size(size, run.mesh, "eval_batch_size")
     for size in run.each("batch_size").values():
         try:
-            sharding.check_batch_size(size, run.mesh)
+            sharding.check_batch_size(size, run.mesh, "batch_size", micro_batches)
         except ValueError as error:
             if checkpoint.latest_step(run.folder.path) < 0:
                 raise
             raise ValueError(
                 f"{error}, in a new --workdir: this run goes on with {size} alone, on fewer devices"
             ) from None
+
+
+def _build_data(configs: Mapping[str, ConfigDict]) -> dict[str, pipeline.Data]:
+    """The data of each part. Scenes that have to be rendered are the first host's work; the others wait for it."""
+    first = jax.process_index() == 0
+    data = {name: pipeline.build(config) for name, config in configs.items()} if first else {}
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("data")
+    return data or {name: pipeline.build(config) for name, config in configs.items()}
 
 
 def _check_sizes(name: str, data: Mapping, task: tasks.Task) -> None:

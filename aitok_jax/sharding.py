@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
-MIN_SHARDED_BYTES = 4 * 2**20
+MIN_SHARDED_BYTES = 2**18  # with 4 MiB, half of Swin-B would stay whole
 
 
 def make_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
@@ -25,12 +25,16 @@ def make_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
-    """Raises ValueError where the batch cannot be split evenly over the devices."""
-    if batch_size < 1 or batch_size % mesh.size:
-        below = batch_size // mesh.size * mesh.size
-        fits = [str(n) for n in (below, below + mesh.size) if n > 0]
-        raise ValueError(f"{name}={batch_size} must be divisible by {mesh.size} devices; use {' or '.join(fits)}")
+def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size", micro_batches: int = 1) -> None:
+    """Raises ValueError where the batch cannot be split evenly over the devices, in `micro_batches` on each."""
+    parts = mesh.size * micro_batches
+    if batch_size < 1 or batch_size % parts:
+        below = batch_size // parts * parts
+        fits = [str(n) for n in (below, below + parts) if n > 0]
+        times = f" times {micro_batches} micro-batches (accumulate)" if micro_batches > 1 else ""
+        raise ValueError(
+            f"{name}={batch_size} must be divisible by {mesh.size} devices{times}; use {' or '.join(fits)}"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -43,7 +47,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
-    """A sharding for every leaf: arrays of 4 MiB and more are split over `fsdp` along their largest divisible axis.
+    """A sharding for every leaf: arrays of 256 KiB and more are split over `fsdp` along their largest divisible
+    axis.
 
     Everything else is replicated. Leaves need `shape` and `dtype`.
     """

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from aitok_jax import checkpoint, evaluators, optim, preemption, run_dir, sharding, warm_start
+from aitok_jax import accumulate, checkpoint, evaluators, optim, overview, preemption, run_dir, sharding, warm_start
 from aitok_jax.data import pipeline
 from aitok_jax.prepare import Run, prepare
 from aitok_jax.train_state import TrainState
@@ -47,12 +47,12 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as manager:
         start = manager.latest_step() or 0
         run.folder.check_data({name: data.fingerprint() for name, data in run.data.items()}, start)
-        batches, example = _batches(run, start)
+        batches, example = first_batches(run, start)
         optimizer = optim.make_optimizer(config.optim, config.train_steps)
         state, shardings = restore_or_init(run, manager, optimizer, example)
         if int(state.step) != start:  # a damaged checkpoint was passed over
             start = int(state.step)
-            batches, _ = _batches(run, start)
+            batches, _ = first_batches(run, start)
         run.folder.write_json("config.json", config.to_dict())
         run.folder.write_json("env.json", run_dir.environment(run.mesh))
         with run.folder.logging(start, sum(run.each("batch_size").values())):
@@ -75,7 +75,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     return metrics
 
 
-def _batches(run: Run, start: int) -> tuple[Iterator[dict], Batch]:
+def first_batches(run: Run, start: int) -> tuple[Iterator[dict], Batch]:
     """Host batches from step `start` on, and the first of them on the devices, to show shapes."""
 
     def part_batches(name, batch_size):
@@ -114,13 +114,14 @@ def restore_or_init(
 
     abstract = jax.eval_shape(lambda batch: create(init(batch)), example)
     shardings = sharding.state_shardings(abstract, run.mesh)
-    LOG.info("%s parameters", f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,}")
+    LOG.info("parameters:\n%s", overview.parameter_table(abstract.params, shardings.params))
+    LOG.info("on each device: %s", overview.describe(overview.state_memory(abstract, shardings)))
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     state = checkpoint.restore_latest(manager, target, run.config)
     if state is None:
         parts = {"params": shardings.params, "model_state": shardings.model_state}
         variables = warm_start.start_from(jax.jit(init, out_shardings=parts)(example), run.config)
-        state = jax.jit(create, out_shardings=shardings)(_put(variables, parts))
+        state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(_put(variables, parts))
     return state, shardings
 
 
@@ -139,10 +140,11 @@ def make_step(run: Run, optimizer: optax.GradientTransformation, shardings: Trai
     """The jitted step (state, batch) -> (state, metrics). The state given in is donated."""
     schedule = optim.make_schedule(run.config.optim, run.config.train_steps)
     ema_decay = run.config.get("ema_decay", 0.0)
+    micro_batches = run.config.get("accumulate", 1)
+    gradient = accumulate.value_and_grad(run.task, micro_batches, run.mesh, shardings.params)
 
     def step(state, batch):
         rng = jax.random.fold_in(jax.random.key(run.config.seed), state.step)
-        gradient = jax.value_and_grad(run.task.loss, has_aux=True)
         (loss, (metrics, model_state)), grads = gradient(state.params, state.model_state, batch, rng)
         own = {"loss": loss, "learning_rate": schedule(state.step), "grad_norm": optax.global_norm(grads)}
         return state.apply_gradients(grads, model_state, optimizer, ema_decay), metrics | own
@@ -158,7 +160,8 @@ def make_step(run: Run, optimizer: optax.GradientTransformation, shardings: Trai
 def _compile(step: Any, state: TrainState, example: Batch) -> Step:
     started = time.perf_counter()
     compiled = step.lower(state, example).compile()
-    LOG.info("training step compiled in %.1f s", time.perf_counter() - started)
+    seconds, memory = time.perf_counter() - started, overview.describe(overview.step_memory(compiled))
+    LOG.info("training step compiled in %.1f s; on each device: %s", seconds, memory)
     return compiled
 
 

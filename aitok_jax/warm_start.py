@@ -5,7 +5,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from aitok_jax import checkpoint
@@ -62,7 +64,7 @@ def merge(target: Mapping, source: Mapping, prefix: str = "") -> tuple[dict, Mer
             return old
         if path.rsplit("/", 1)[-1] in VOCABULARY_TABLES and _is_longer(old, new):
             used.append(path)
-            return np.concatenate([np.asarray(new, old.dtype), np.asarray(old[len(new) :])])
+            return np.concatenate([np.asarray(new, old.dtype), _on_host(old)[len(new) :]])
         if isinstance(old, Mapping) or isinstance(new, Mapping) or tuple(old.shape) != tuple(new.shape):
             raise ValueError(f"start_from: {path.strip('/')} is {_kind(new)} in the source but {_kind(old)} here")
         used.append(path)
@@ -99,6 +101,13 @@ def start_from(variables: dict, config: ConfigDict) -> dict:
         if prefix.startswith("model_state") and report.missing:
             raise ValueError(f"start_from: {prefix!r} is never trained, but {path} lacks {', '.join(report.missing)}")
     return variables
+
+
+def _on_host(x: Any) -> np.ndarray:
+    """The whole array, wherever its parts lie; with several hosts, all of them must call it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def _is_longer(old: Any, new: Any) -> bool:

@@ -9,8 +9,10 @@ Arguments, for example `configs/coco.py:soft=false`:
     task=instances     or detection, which needs no tokenizer
     backbone=swin_b    or swin_l
     soft=true          false: none of the three soft-token uses ("w/o soft")
-    dtype=float32      or bfloat16, the dtype of the network's arithmetic; losses, softmax and LayerNorm stay float32
-    remat              recompute blocks in the backward pass: less memory, a third more time
+    dtype=auto         bfloat16 arithmetic on accelerators, float32 on a CPU; or float32, bfloat16. Softmax, LayerNorm,
+                       losses, tokenizers and all parameters are float32 always
+    remat=none         or blocks, recomputed in the backward pass: less memory, a third more time; or dots, which
+                       keeps the outputs of linear layers: less of both
 
 Published on val2017 (box AP / mask AP): Swin-B 43.3/34.2, soft=false 43.6/31.1. The published evaluation samples with
 top-p 0.3; here instances/... decodes greedily and instances_sampled/... samples, each image with its own seed.
@@ -90,7 +92,7 @@ def optimizer(learning_rate: float, clip_norm: float, warmup_steps: int) -> dict
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, task="instances", backbone="swin_b", soft=True, dtype="float32", remat=False)
+    arg = parse_arg(arg, task="instances", backbone="swin_b", soft=True, dtype="auto", remat="none")
     for name, valid in {"task": TASKS, "backbone": tuple(nyu.BACKBONES)}.items():
         if arg[name] not in valid:
             raise ValueError(f"{name}={arg[name]!r} must be one of {', '.join(valid)}")
@@ -120,6 +122,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "optim": optimizer(recipe["learning_rate"], recipe["clip_norm"], recipe["warmup"]),
             "ema_decay": 0.0,
             "fsdp": 1,
+            "accumulate": 1,
             "eval_variants": variants(arg.soft) if masks else {"detection_sampled": {"top_p": 0.3}},
             "eval_baseline": False,
         }

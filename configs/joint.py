@@ -5,7 +5,7 @@
         --config.mask_tokenizer=runs/vqvae_mask --config.depth_tokenizer=runs/vqvae_depth \\
         --config.detection=runs/detection
 
-Arguments, for example `configs/joint.py:soft=false`: backbone=swin_b, soft=true, dtype=float32, remat as in
+Arguments, for example `configs/joint.py:soft=false`: backbone=swin_b, soft=true, dtype=auto, remat=none as in
 configs/coco.py.
 
 Published: box AP 42.2, mask AP 34.1, RMSE 0.310 with Swin-B, from a detection checkpoint.
@@ -48,7 +48,7 @@ def depth_fields(soft: bool) -> ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, backbone="swin_b", soft=True, dtype="float32", remat=False)
+    arg = parse_arg(arg, backbone="swin_b", soft=True, dtype="auto", remat="none")
     if arg.backbone not in nyu.BACKBONES:
         raise ValueError(f"backbone={arg.backbone!r} must be one of {', '.join(nyu.BACKBONES)}")
     depth_variants = {"depth_hard": {"soft_input": False, "soft_detokenize": False}} if arg.soft else {}
@@ -78,6 +78,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "optim": coco.optimizer(8e-4, 10.0, 12_115),
             "ema_decay": 0.0,
             "fsdp": 1,
+            "accumulate": 1,
             "eval_variants": {"depth": depth_variants, "instances": coco.variants(arg.soft)},
             "eval_baseline": False,
         }

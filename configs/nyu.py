@@ -7,8 +7,10 @@ Arguments, for example `configs/nyu.py:backbone=swin_l,parallel`:
     backbone=swin_b    or swin_l
     parallel           AiT-P: all tokens in one pass
     soft=true          false: none of the three soft-token uses ("w/o soft")
-    dtype=float32      or bfloat16, the dtype of the network's arithmetic; losses, softmax and LayerNorm stay float32
-    remat              recompute blocks in the backward pass: less memory, a third more time
+    dtype=auto         bfloat16 arithmetic on accelerators, float32 on a CPU; or float32, bfloat16. Softmax, LayerNorm,
+                       losses, tokenizers and all parameters are float32 always
+    remat=none         or blocks, recomputed in the backward pass: less memory, a third more time; or dots, which
+                       keeps the outputs of linear layers: less of both
     tokenizer=vqvae    or bins, the comparison of the paper's appendix B
 
 Published on the 654 test images (RMSE / δ1 / abs_rel):
@@ -79,6 +81,7 @@ def task_fields(arg: ConfigDict, size: int = 480) -> ConfigDict:
                 "parallel": arg.parallel,
                 "drop_path": 0.1,
                 "dropout": 0.1,
+                "remat": arg.remat,
                 "dtype": arg.dtype,
             },
         }
@@ -86,7 +89,7 @@ def task_fields(arg: ConfigDict, size: int = 480) -> ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, backbone="swin_b", parallel=False, soft=True, dtype="float32", remat=False, tokenizer="vqvae")
+    arg = parse_arg(arg, backbone="swin_b", parallel=False, soft=True, dtype="auto", remat="none", tokenizer="vqvae")
     for name, valid in {"backbone": tuple(BACKBONES), "tokenizer": ("vqvae", "bins")}.items():
         if arg[name] not in valid:
             raise ValueError(f"{name}={arg[name]!r} must be one of {', '.join(valid)}")
@@ -123,6 +126,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             },
             "ema_decay": 0.0,
             "fsdp": 1,
+            "accumulate": 1,
             "eval_variants": {"depth_hard": {"soft_input": False, "soft_detokenize": False}} if arg.soft else {},
             "eval_baseline": False,
         }

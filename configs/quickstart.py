@@ -109,6 +109,7 @@ def stage(name: str, task: dict, data: dict, batch_size: int | dict, budget: dic
         },
         "ema_decay": 0.0 if tokenizer else 0.999,
         "fsdp": 1,
+        "accumulate": 1,
         "start_from": {},
         "eval_variants": {},
         "eval_baseline": False,

@@ -102,6 +102,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             },
             "ema_decay": 0.0,
             "fsdp": 1,
+            "accumulate": 1,
             "start_from": {},
             "eval_variants": {},
             "eval_baseline": False,

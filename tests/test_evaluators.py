@@ -4,6 +4,7 @@ import types
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -85,10 +86,12 @@ def test_same_result_for_any_batch_size(batch_size):
         np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)
 
 
-def test_same_result_on_eight_devices(tmp_path):
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 3), (2, 8), (8, 8)])
+def test_same_result_on_any_number_of_devices(tmp_path, devices, batch_size):
     source = Examples(11)
     reference = run(source)
-    result = run(source, batch_size=8, mesh=sharding.make_mesh(), panels_dir=tmp_path, panels=2)
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    result = run(source, batch_size=batch_size, mesh=mesh, panels_dir=tmp_path, panels=2)
     for name, value in reference.items():
         np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)
     assert len(list(tmp_path.iterdir())) == 2

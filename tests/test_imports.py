@@ -15,9 +15,9 @@ LAYERS = (  # from the top; the modules of one line may import each other
     ("prepare",),
     ("evaluators", "convert", "resize"),
     ("tasks", "data", "builders"),
-    ("warm_start",),
+    ("warm_start", "accumulate"),
     ("models", "checkpoint", "sharding", "optim", "run_dir", "visualize"),
-    ("train_state", "preemption"),
+    ("train_state", "preemption", "overview", "distributed"),
     ("losses", "metrics", "geometry", "paste", "pointcloud", "sequences", "vocab", "config_utils"),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -157,3 +157,24 @@ def test_eight_devices_have_the_codebook_of_one(z, half_dead, threshold):
         assert len(copies) == 8
         for copy in copies:
             np.testing.assert_array_equal(copy, array, err_msg=name)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.5])
+def test_micro_batches_move_the_codebook_once_by_their_sums(z, codebook, threshold):
+    quantizer = Quantizer(K, D, decay=0.9, restart_threshold=threshold)
+    rng, mutable = jax.random.key(0), ["codebook", "pending"]
+    _, whole = train(quantizer, codebook, z, rng)
+    variables = {"codebook": codebook}
+    variables |= quantizer.apply(variables, method="open_step", mutable=["pending"])[1]
+    for part in (z[:5], z[5:]):
+        _, variables = quantizer.apply(variables, part, train=True, mutable=mutable, rngs={"restart": rng})
+        jax.tree.map(np.testing.assert_array_equal, variables["codebook"], codebook)
+    moved = quantizer.apply(variables, method="close_step", mutable=["codebook"])[1]["codebook"]
+    alive = np.asarray(whole["cluster_size"]) != 1.0
+    assert alive.all() == (threshold == 0)
+    for name, value in moved.items():
+        np.testing.assert_allclose(value[alive], whole[name][alive], rtol=1e-5, atol=1e-6)
+    rows = z[5:].reshape(-1, D)  # what dead codes start anew from
+    for code in np.flatnonzero(~alive):
+        assert moved["cluster_size"][code] == 1
+        assert (rows == np.asarray(moved["embedding"][code])).all(1).any()

@@ -178,7 +178,8 @@ def test_drop_path_drops_whole_examples():
     np.testing.assert_array_equal(DropPath(0.0).apply({}, x, True), x)
 
 
-def test_remat_changes_nothing_but_memory(images, variables):
+@pytest.mark.parametrize("policy", ["blocks", "dots"])
+def test_remat_changes_nothing_but_memory(images, variables, policy):
     """With stochastic depth on, so that the recomputed branches must draw the same numbers."""
 
     def value_and_gradient(model):
@@ -188,7 +189,7 @@ def test_remat_changes_nothing_but_memory(images, variables):
 
         return jax.value_and_grad(loss, has_aux=True)
 
-    plain, remat = (value_and_gradient(ONE_STAGE.clone(remat=r)) for r in (False, True))
+    plain, remat = (value_and_gradient(ONE_STAGE.clone(remat=r)) for r in ("none", policy))
     assert "remat" in str(jax.make_jaxpr(remat)(variables))
     assert "remat" not in str(jax.make_jaxpr(plain)(variables))
     ((_, expected), plain_gradient), ((_, output), gradient) = jax.jit(plain)(variables), jax.jit(remat)(variables)
@@ -211,6 +212,9 @@ def test_batch_and_dtype(images, variables):
 
 
 def test_errors():
+    with pytest.raises(ValueError, match="remat='all' must be one of none, dots, blocks"):
+        TINY.clone(remat="all")
+    assert ONE_STAGE.clone(remat=True).remat  # as configs of earlier runs have it
     with pytest.raises(ValueError, match="22×40 must be a multiple of patch=4"):
         TINY.init(jax.random.key(0), jnp.zeros((1, 22, 40, 3)))
     with pytest.raises(ValueError, match=r"one entry a stage .*'windows': 1"):

@@ -339,6 +339,8 @@ def test_randomness_changes_from_step_to_step(toy, tmp_path, monkeypatch):
     [
         ({"batch_size": 30}, "batch_size=30 must be divisible by 8 devices; use 24 or 32"),
         ({"eval_batch_size": 4}, "eval_batch_size=4 must be divisible by 8 devices; use 8"),
+        ({"accumulate": 3}, r"batch_size=16 must be divisible by 8 devices times 3 micro-batches .*; use 24"),
+        ({"accumulate": 0}, "accumulate=0 must be at least 1"),
         ({"fsdp": 3}, r"fsdp=3 must divide the 8 devices; use one of \[1, 2, 4, 8\]"),
         ({"train_steps": 0}, "train_steps=0 must be at least 1"),
         ({"log_every": 0}, "log_every=0 must be at least 1"),

@@ -142,6 +142,30 @@ def test_training_draws_from_its_rng_and_evaluation_does_not(params, features, t
         assert np.abs(a - b).max() > 1e-3
 
 
+def test_remat_changes_nothing_but_memory(params, features, tokens):
+    """With dropout on, so that what is computed again must draw the same numbers."""
+
+    def value_and_gradient(model):
+        def loss(params):
+            return jnp.mean(
+                model.apply({"params": params}, features, tokens, 1, train=True, rngs={"dropout": jax.random.key(0)})
+                ** 2
+            )
+
+        return jax.value_and_grad(loss)
+
+    plain, remat = (value_and_gradient(TINY.clone(remat=policy)) for policy in ("none", "blocks"))
+    assert str(jax.make_jaxpr(remat)(params)).count("remat") >= 3 > str(jax.make_jaxpr(plain)(params)).count("remat")
+    (expected, plain_gradient), (value, gradient) = jax.jit(plain)(params), jax.jit(remat)(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert jax.tree.structure(gradient) == jax.tree.structure(plain_gradient)
+    largest = max(
+        np.abs(leaf).max() for leaf in jax.tree.leaves(plain_gradient)
+    )  # that of a key's bias is 0 but for rounding
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain_gradient), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5 * largest)
+
+
 def test_bfloat16_computes_close_and_returns_float32(params, features, tokens, logits):
     rough = jax.jit(lambda p: TINY.clone(dtype=jnp.bfloat16).apply({"params": p}, features, tokens, 1))(params)
     expected = logits(params, features, tokens, 1)

@@ -74,6 +74,9 @@ class Quantizer(nn.Module):
         restart_threshold: codes whose EMA count falls below it are set to random encoder outputs of the batch; 0 turns
             it off, as published (a code that is never chosen then jumps far away and is dead for good). Needs the rng
             stream `restart`.
+
+    Where a training step has several micro-batches, `open_step` comes first; each then adds its statistics to the
+    collection `pending` and leaves the codebook as it is, and `close_step` moves it by their sums.
     """
 
     num_codes: int
@@ -121,7 +124,7 @@ class Quantizer(nn.Module):
         one_hot_NK = jax.nn.one_hot(codes.reshape(-1), self.num_codes)
         counts_K = one_hot_NK.sum(0)
         if self.ema and train and not self.is_initializing():
-            self._move(jax.lax.stop_gradient(z).reshape(-1, self.code_dim), one_hot_NK, counts_K)
+            self._learn(jax.lax.stop_gradient(z).reshape(-1, self.code_dim), one_hot_NK, counts_K)
         share_K = counts_K / jnp.sum(counts_K)
         return Quantized(
             z=z + jax.lax.stop_gradient(quantized - z),
@@ -131,15 +134,38 @@ class Quantizer(nn.Module):
             usage=jnp.mean(counts_K > 0),
         )
 
-    def _move(self, z_ND: jax.Array, one_hot_NK: jax.Array, counts_K: jax.Array) -> None:
+    def open_step(self) -> None:
+        """Needs `pending` to be mutable. Does nothing for a learned codebook."""
+        if self.ema:
+            self.put_variable("pending", "counts", jnp.zeros(self.num_codes))
+            for name in ("sums", "picks") if self.restart_threshold > 0 else ("sums",):
+                self.put_variable("pending", name, jnp.zeros((self.num_codes, self.code_dim)))
+
+    def close_step(self) -> None:
+        """Needs `codebook` to be mutable."""
+        if self.ema:
+            self._move(*(self.get_variable("pending", name) for name in ("counts", "sums", "picks")))
+
+    def _learn(self, z_ND: jax.Array, one_hot_NK: jax.Array, counts_K: jax.Array) -> None:
         sums_KD = jnp.einsum("nk,nd->kd", one_hot_NK, z_ND, precision="highest")
+        picks_KD = None
+        if self.restart_threshold > 0:
+            picks_KD = z_ND[jax.random.randint(self.make_rng("restart"), counts_K.shape, 0, z_ND.shape[0])]
+        if not self.has_variable("pending", "counts"):
+            self._move(counts_K, sums_KD, picks_KD)
+            return
+        for name, value in (("counts", counts_K), ("sums", sums_KD)):
+            self.put_variable("pending", name, self.get_variable("pending", name) + value)
+        if picks_KD is not None:
+            self.put_variable("pending", "picks", picks_KD)  # the last micro-batch's: rows are in random order
+
+    def _move(self, counts_K: jax.Array, sums_KD: jax.Array, picks_KD: jax.Array | None) -> None:
         size_K, ema_w_KD, embedding_KD = ema_update(
             self.cluster_size.value, self.ema_w.value, counts_K, sums_KD, self.decay, self.epsilon
         )
         if self.restart_threshold > 0:
-            picks_K = jax.random.randint(self.make_rng("restart"), counts_K.shape, 0, z_ND.shape[0])
             dead_K = size_K < self.restart_threshold
             size_K = jnp.where(dead_K, 1.0, size_K)
-            ema_w_KD = jnp.where(dead_K[:, None], z_ND[picks_K], ema_w_KD)
-            embedding_KD = jnp.where(dead_K[:, None], z_ND[picks_K], embedding_KD)
+            ema_w_KD = jnp.where(dead_K[:, None], picks_KD, ema_w_KD)
+            embedding_KD = jnp.where(dead_K[:, None], picks_KD, embedding_KD)
         self.cluster_size.value, self.ema_w.value, self.embedding.value = size_K, ema_w_KD, embedding_KD

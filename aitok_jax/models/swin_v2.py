@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aitok_jax.models.remat import policy_name, rematerialized
+
 MAX_LOGIT_SCALE = math.log(100.0)
 INIT_STD = 0.02  # of linear layers and embeddings
 trunc_normal = nn.initializers.truncated_normal(INIT_STD)
@@ -246,14 +248,14 @@ class Stage(nn.Module):
     mlp_ratio: float
     drop_paths: tuple[float, ...]
     downsample: bool
-    remat: bool = False
+    remat: str = "none"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
         """Returns (the stage's map, the next stage's input)."""
-        block_type = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
+        block_type = rematerialized(SwinBlock, self.remat, train_argument=2)
         for j in range(self.depth):
             x = block_type(
                 dim=self.dim,
@@ -284,7 +286,7 @@ class SwinV2(nn.Module):
             to learn what is near.
         drop_path: stochastic depth, rising linearly from 0 over all blocks.
         out_stages: stages whose maps are returned; () means the last one.
-        remat: recompute every block in the backward pass.
+        remat: what blocks compute again in the backward pass, of `remat.POLICIES`.
     """
 
     embed_dim: int = 128
@@ -299,11 +301,12 @@ class SwinV2(nn.Module):
     mlp_ratio: float = 4.0
     drop_path: float = 0.0
     out_stages: Sequence[int] = ()
-    remat: bool = False
+    remat: str = "none"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
+        policy_name(self.remat)
         lengths = {name: len(getattr(self, name)) for name in _PER_STAGE}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"{', '.join(_PER_STAGE)} need one entry a stage each; their lengths are {lengths}")

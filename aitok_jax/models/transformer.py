@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aitok_jax.models.remat import policy_name, rematerialized
 from aitok_jax.models.swin_v2 import DropPath, Mlp, trunc_normal
 
 KeyValue = tuple[jax.Array, jax.Array]  # each [B, T, heads, d]
@@ -157,6 +158,7 @@ class TokenTransformer(nn.Module):
         position_temperature: of the image's sine positions; 10000 as published. The positions of a small grid then
             differ in few channels only, and the decoder takes long to learn where to look: give it a small one.
         parallel: AiT-P: every token input is one learned vector, so that one causal pass predicts all positions.
+        remat: what blocks compute again in the backward pass, of `remat.POLICIES`.
     """
 
     dim: int = 256
@@ -171,18 +173,20 @@ class TokenTransformer(nn.Module):
     parallel: bool = False
     drop_path: float = 0.1
     dropout: float = 0.1
+    remat: str = "none"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
+        policy_name(self.remat)
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim={self.dim} must be a multiple of 2·num_heads={2 * self.num_heads}")
         super().__post_init__()
 
     def setup(self):
         shared = (self.dim, self.num_heads, self.hidden, self.drop_path, self.dropout, self.dtype, self.param_dtype)
-        self.encoder = Blocks(EncoderBlock, self.encoder_layers, *shared)
-        self.decoder = Blocks(DecoderBlock, self.decoder_layers, *shared)
+        self.encoder = Blocks(rematerialized(EncoderBlock, self.remat, 2), self.encoder_layers, *shared)
+        self.decoder = Blocks(rematerialized(DecoderBlock, self.remat, 3), self.decoder_layers, *shared)
         self.input_dropout = nn.Dropout(self.dropout)
         self.input_proj, self.proj = _dense(self.dim, self), _dense(self.dim, self)
         self.stem_ln, self.encout_ln, self.proj_ln, self.proj_mlp_ln, self.norm = (_norm(self) for _ in range(5))

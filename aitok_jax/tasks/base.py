@@ -21,6 +21,9 @@ class Task(Protocol):
     A joint task has no `predict`, but `parts`: name -> task. Its batches are dictionaries of the parts' batches, and
     each part predicts, and is evaluated, with the weights of all.
 
+    A task whose `model_state` moves by sums over a batch may have `open_step(model_state) -> model_state` and
+    `close_step(model_state) -> model_state`, which come before and after the micro-batches of a step (`accumulate`).
+
     Attributes:
         evaluator: the kind of evaluation, a key of `evaluators.EVALUATORS`.
         image_size: side in pixels of the square images of a training batch.

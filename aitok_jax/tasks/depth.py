@@ -15,9 +15,8 @@ from aitok_jax import geometry, losses
 from aitok_jax.config_utils import build_dataclass
 from aitok_jax.models.bins import BinsTokenizer
 from aitok_jax.models.decode import Decoded, decode
-from aitok_jax.models.swin_v2 import SwinV2, partition
+from aitok_jax.models.swin_v2 import partition
 from aitok_jax.models.task_solver import TaskSolver
-from aitok_jax.models.transformer import TokenTransformer
 from aitok_jax.models.vqvae import VQVAE
 from aitok_jax.tasks import solving
 from aitok_jax.tasks.base import Batch, Tree
@@ -278,6 +277,5 @@ def build(fields: Mapping) -> DepthTask:
         raise ValueError(f"tokenizer.kind={kind!r} is not one of {', '.join(kinds)}")
     tokenizer = build_dataclass(kinds[kind], tokenizer)
     vocabulary = build_dataclass(Vocabulary, {"num_depth_codes": tokenizer.num_codes, **fields.pop("vocabulary", {})})
-    transformer = build_dataclass(TokenTransformer, {"vocab_size": vocabulary.size, **fields.pop("transformer", {})})
-    solver = TaskSolver(build_dataclass(SwinV2, fields.pop("backbone", {})), transformer)
+    solver = solving.build_solver(fields, vocabulary)
     return build_dataclass(DepthTask, {**fields, "solver": solver, "tokenizer": tokenizer, "vocabulary": vocabulary})

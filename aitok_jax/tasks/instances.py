@@ -14,9 +14,7 @@ import optax
 from aitok_jax import losses, sequences
 from aitok_jax.config_utils import build_dataclass
 from aitok_jax.models.decode_objects import DecodedObjects, check_decoding, decode_objects
-from aitok_jax.models.swin_v2 import SwinV2
 from aitok_jax.models.task_solver import TaskSolver
-from aitok_jax.models.transformer import TokenTransformer
 from aitok_jax.models.vqvae import VQVAE
 from aitok_jax.tasks import solving
 from aitok_jax.tasks.base import Batch, Tree
@@ -310,8 +308,7 @@ def build(fields: Mapping) -> InstancesTask:
     tokenizer = None if tokenizer is None else build_dataclass(VQVAE, tokenizer)
     codes = {} if tokenizer is None else {"num_mask_codes": tokenizer.num_codes}
     vocabulary = build_dataclass(Vocabulary, {**codes, **fields.pop("vocabulary", {})})
-    transformer = build_dataclass(TokenTransformer, {"vocab_size": vocabulary.size, **fields.pop("transformer", {})})
-    solver = TaskSolver(build_dataclass(SwinV2, fields.pop("backbone", {})), transformer)
+    solver = solving.build_solver(fields, vocabulary)
     return build_dataclass(
         InstancesTask, {**fields, "solver": solver, "tokenizer": tokenizer, "vocabulary": vocabulary}
     )

@@ -9,12 +9,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aitok_jax.models.swin_v2 import INIT_STD
+from aitok_jax.config_utils import build_dataclass
+from aitok_jax.models.swin_v2 import INIT_STD, SwinV2
 from aitok_jax.models.task_solver import TaskSolver
+from aitok_jax.models.transformer import TokenTransformer
 from aitok_jax.tasks.base import Batch, Tree
+from aitok_jax.vocab import Vocabulary
 
 IMAGENET_MEAN = np.array((123.675, 116.28, 103.53), np.float32) / 255
 IMAGENET_STD = np.array((58.395, 57.12, 57.375), np.float32) / 255
+
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def build_solver(fields: dict[str, Any], vocabulary: Vocabulary) -> TaskSolver:
+    """The solver of a config's `backbone` and `transformer`, which are taken out of `fields`.
+
+    Their `dtype`, of arithmetic, is of DTYPES: 'auto', the default, is bfloat16 on accelerators and float32 on a CPU.
+    Parameters, softmax, cosine attention, LayerNorm, logits and losses are float32 always; tokenizers are too, where
+    nothing else is asked for, since they are small and a code is a decision.
+
+    Raises:
+        ValueError: an unknown field or dtype.
+    """
+    backbone, transformer = ({"dtype": "auto", **fields.pop(name, {})} for name in ("backbone", "transformer"))
+    for name, values in (("backbone", backbone), ("transformer", transformer)):
+        if values["dtype"] not in DTYPES:
+            raise ValueError(f"{name}.dtype={values['dtype']!r} must be one of {', '.join(DTYPES)}")
+        if values["dtype"] == "auto":
+            values["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    transformer = {"vocab_size": vocabulary.size, **transformer}
+    return TaskSolver(build_dataclass(SwinV2, backbone), build_dataclass(TokenTransformer, transformer))
 
 
 class Prepared(NamedTuple):

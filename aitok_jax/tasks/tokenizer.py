@@ -14,11 +14,28 @@ from aitok_jax.models.vqvae import CLASSIFICATION, VQVAE, mask_patches
 from aitok_jax.tasks.base import Batch, Tree
 
 MASK_OBJECTIVES = ("mse", "l1", "smooth_l1")
-MUTABLE = ["codebook", "batch_stats"]
+MUTABLE = ["codebook", "batch_stats", "pending"]
+
+
+class _Codebook:
+    """What both tokenizers do for a step of several micro-batches, so that their EMA codebook sees one batch."""
+
+    def open_step(self, model_state: Tree) -> Tree:
+        return {**model_state, **self._of_quantizer("open_step", model_state, "pending")}
+
+    def close_step(self, model_state: Tree) -> Tree:
+        moved = self._of_quantizer("close_step", model_state, "codebook")
+        return {name: value for name, value in {**model_state, **moved}.items() if name != "pending"}
+
+    def _of_quantizer(self, method: str, model_state: Tree, mutable: str) -> Tree:
+        def call(vqvae):
+            getattr(vqvae.quantizer, method)()
+
+        return self.tokenizer.apply({"params": {}, **model_state}, method=call, mutable=[mutable])[1]
 
 
 @dataclasses.dataclass(frozen=True)
-class DepthTokenizerTask:
+class DepthTokenizerTask(_Codebook):
     """Reconstructs depth maps; 0 means no annotation and never counts in the loss.
 
     Attributes:
@@ -80,7 +97,7 @@ class DepthTokenizerTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskTokenizerTask:
+class MaskTokenizerTask(_Codebook):
     """Reconstructs instance masks cropped at their boxes.
 
     Attributes:

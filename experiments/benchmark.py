@@ -1,0 +1,252 @@
+"""Measures speed and says where the time goes, as JSON with the devices, versions and commit.
+
+    python experiments/benchmark.py --cases=input_depth,input_instances [--out=NEW.json] [--compare=OLD.json]
+    python experiments/benchmark.py --cases=train --config=configs/nyu.py:backbone=swin_b [--config.batch_size=8]
+
+Cases:
+    input_depth        the published NYUv2 recipe of the solver, 480x480 crops of 640x480 files
+    input_instances    the published COCO recipe, 640x640 with large-scale jitter
+    train              the training step of --config (of --stage, where it has several), and the loop around it
+
+Files are built-in scenes, rendered once into --scenes; `train` reads the config's own where its root exists. Numbers
+per core count the processor's time, not the clock's, so that other programs on the machine hardly change them.
+--compare prints new / old of every number.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from aitok_jax import checkpoint, config_utils, optim, overview, prepare, run_dir, sharding, train
+from aitok_jax.data import objects, pipeline, scenes
+
+ROOT = Path(__file__).parents[1]
+FRAMES, HEIGHT, WIDTH = 24, 480, 640
+PUBLISHED = {"input_depth": "nyu", "input_instances": "coco"}  # whose data, and batch size, a case takes
+CASES = (*PUBLISHED, "train")
+WARM_UP = 2  # batches or steps before the clock starts
+
+
+def measure(cases: list[str], folder: Path, config: ConfigDict | None, images: int, steps: int) -> dict[str, Any]:
+    """The report: {'environment', 'cases': {case: numbers}}.
+
+    Args:
+      cases: of CASES.
+      folder: of the scenes, rendered where absent.
+      config: of one run, for 'train'.
+      images: how many to read for each number of an input case.
+      steps: of 'train'.
+
+    Raises:
+      ValueError: an unknown case, or 'train' without a config.
+    """
+    for case in cases:
+        if case not in CASES:
+            raise ValueError(f"--cases: {config_utils.unknown(case, CASES)}")
+    if "train" in cases and config is None:
+        raise ValueError("--cases=train needs --config=configs/X.py")
+    scenes.ensure(folder, train=FRAMES, test=1, height=HEIGHT, width=WIDTH, workers=os.cpu_count() or 1)
+    report = {"environment": run_dir.environment(sharding.make_mesh()) | {"cores": _cores()}, "cases": {}}
+    for case in cases:
+        if case == "train":
+            report["cases"][case] = {"config": config.name, **training(on_scenes(config, folder), steps)}
+        else:
+            published = on_scenes(load_config(PUBLISHED[case]), folder)
+            report["cases"][case] = reading(pipeline.build(published.data), published.batch_size, images)
+    return report
+
+
+def reading(data: pipeline.Data, batch_size: int, images: int) -> dict[str, Any]:
+    """Images a second, on one core and on all, of an input pipeline, and the share of its parts in the time."""
+    source, transform = data.train, data.train_transform
+    read = _time(lambda: [source.read(i % len(source)) for i in range(images)])
+    held = _Held(source)
+    parts = {"read": read["cpu"]}
+    if isinstance(transform, objects.HostTransform):  # runs in Python, where the transform alone can be timed
+        generators = [np.random.default_rng((0, i)) for i in range(images)]
+        spent = _time(lambda: [transform(held.read(i % len(held)), rng) for i, rng in enumerate(generators)])
+        done = transform(held.read(0), generators[0])
+        nothing = objects.HostTransform(lambda example, rng: done, transform.spec)
+        parts["transform"] = spent["cpu"]
+        parts["batching"] = _pipeline(held, nothing, batch_size, images)["cpu"]
+    else:
+        parts["transform and batching"] = _pipeline(held, transform, batch_size, images)["cpu"]
+    whole = _pipeline(source, transform, batch_size, images)
+    return {
+        "images_per_s": images / whole["wall"],
+        "images_per_s_per_core": images / whole["cpu"],
+        "ms_per_image": {name: 1e3 * seconds / images for name, seconds in parts.items()},
+        "share": {name: seconds / sum(parts.values()) for name, seconds in parts.items()},
+    }
+
+
+class _Held:
+    """A source whose examples are in memory, to leave reading out."""
+
+    def __init__(self, source: Any):
+        self.names, self.images = source.names, getattr(source, "images", True)
+        self._examples = [source.read(i) for i in range(len(source))]
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def read(self, index: int) -> dict[str, Any]:
+        return dict(self._examples[index])
+
+
+def _pipeline(source: Any, transform: Any, batch_size: int, images: int) -> dict[str, float]:
+    """Time of `images` images, in whole batches, once the pipeline runs."""
+    batches = pipeline.train_batches(source, transform, batch_size=batch_size, seed=0)
+    for _ in range(WARM_UP):
+        next(batches)
+    count = -(-images // batch_size)
+    spent = _time(lambda: [next(batches)["id"] for _ in range(count)])
+    return {name: seconds * images / (count * batch_size) for name, seconds in spent.items()}
+
+
+def training(config: ConfigDict, steps: int) -> dict[str, Any]:
+    """Of the config's training step: alone, on one batch; and in the loop, which reads and places every batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepare.prepare(config, folder)
+        optimizer = optim.make_optimizer(config.optim, config.train_steps)
+        batches, example = train.first_batches(run, 0)
+        with checkpoint.open_manager(folder) as manager:
+            state, shardings = train.restore_or_init(run, manager, optimizer, example)
+        started = time.perf_counter()
+        step = train.make_step(run, optimizer, shardings).lower(state, example).compile()
+        compile_s = time.perf_counter() - started
+        memory = overview.step_memory(step)
+        state, alone = _alone(step, state, example, steps)
+        loop, waiting, placing = _loop(run, step, state, batches, steps)
+    images = sum(run.each("batch_size").values())
+    return {
+        "compile_s": compile_s,
+        "step_s": alone,
+        "images_per_s": images / alone,
+        "loop_step_s": loop,
+        "loop_images_per_s": images / loop,
+        "share_waiting_for_input": waiting / loop,
+        "share_placing_on_devices": placing / loop,
+        "bytes_on_a_device": memory,
+    }
+
+
+def _alone(step: Any, state: Any, batch: Any, steps: int) -> tuple[Any, float]:
+    """The state after, and the seconds of a step on a batch that is on the devices."""
+    for number in range(WARM_UP + steps):
+        if number == WARM_UP:
+            jax.block_until_ready(state)
+            started = time.perf_counter()
+        state, _ = step(state, batch)
+        jax.block_until_ready(state)
+    return state, (time.perf_counter() - started) / steps
+
+
+def _loop(run: Any, step: Any, state: Any, batches: Iterator, steps: int) -> tuple[float, float, float]:
+    """Seconds a step: of the loop as `train` has it, of that waiting for a batch, of that handing it to the devices."""
+    waiting = placing = 0.0
+    before: Any = {}
+    for number in range(WARM_UP + steps):
+        if number == WARM_UP:
+            jax.block_until_ready(before)
+            started, waiting, placing = time.perf_counter(), 0.0, 0.0
+        asked = time.perf_counter()
+        batch = next(batches)
+        got = time.perf_counter()
+        placed = sharding.shard_batch(batch, run.mesh)
+        waiting, placing = waiting + got - asked, placing + time.perf_counter() - got
+        state, metrics = step(state, placed)
+        jax.block_until_ready(before)
+        before = metrics
+    jax.block_until_ready(before)
+    return (time.perf_counter() - started) / steps, waiting / steps, placing / steps
+
+
+def compare(new: dict, old: dict) -> str:
+    """A line 'name: old -> new (ratio)' for every number that both reports have."""
+    numbers = [config_utils.flatten(report["cases"]) for report in (new, old)]
+    lines = []
+    for name, value in numbers[0].items():
+        before = numbers[1].get(name)
+        if isinstance(value, int | float) and isinstance(before, int | float) and before:
+            lines.append(f"{name}: {before:.4g} -> {value:.4g} ({value / before:.2f}x)")
+    return "\n".join(lines)
+
+
+def load_config(name: str, arg: str | None = None) -> ConfigDict:
+    """The config of configs/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def on_scenes(config: ConfigDict, folder: Path) -> ConfigDict:
+    """A copy that starts from random weights, and reads the scenes where its own data is not there."""
+    config = ConfigDict(config.to_dict())
+    config.start_from = {}
+    data = config.data
+    for part in [data] if "name" in data else data.values():
+        if Path(part.root).is_dir():
+            continue
+        part.root, part.render = str(folder), {}
+        if part.name == "nyu":
+            part.update({"train_list": "train.txt", "test_list": "test.txt", "test_subfolder": ""})
+        else:
+            part.update({"train_images": "", "test_images": ""})
+            part.update({f"{split}_annotations": f"annotations/instances_{split}.json" for split in ("train", "test")})
+    return config
+
+
+def _time(work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of the clock and of the processor, all threads together."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def main(_: list[str]) -> None:
+    options = flags.FLAGS
+    config = options.config if options["config"].value is not None else None
+    if config is not None and "stages" in config:
+        names = config_utils.stage_order(config.stages)
+        config = config.stages[options.stage or names[-1]]
+    try:
+        report = measure(options.cases, Path(options.scenes), config, options.images, options.steps)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.out:
+        Path(options.out).write_text(text + "\n")
+    if options.compare:
+        print(compare(report, json.loads(Path(options.compare).read_text())))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config", None, "Configuration of the case 'train', with :arguments.", lock_config=True
+    )
+    flags.DEFINE_list("cases", list(PUBLISHED), f"What to measure, of {', '.join(CASES)}.")
+    flags.DEFINE_string("stage", None, "Stage of the config, where it has several; its last one otherwise.")
+    flags.DEFINE_string("scenes", "runs/benchmark_scenes", "Folder of the rendered scenes.")
+    flags.DEFINE_integer("images", 192, "Images that an input case reads for each number.")
+    flags.DEFINE_integer("steps", 20, "Training steps.")
+    flags.DEFINE_string("out", None, "File for the report.")
+    flags.DEFINE_string("compare", None, "Report to compare with.")
+    app.run(main, flags_parser=config_utils.parse_flags)
