@@ -93,7 +93,7 @@ def quick_compilation():
 def reference(request, quick_compilation):
     """The kind, the state at the start, and what one device makes of it."""
     run = run_of(request.param, devices=1)
-    example, no_checkpoint = sharding.shard_batch(batch(0), run.mesh), SimpleNamespace(latest_step=lambda: None)
+    example, no_checkpoint = sharding.shard_batch(batch(0), run.mesh), SimpleNamespace(all_steps=list)
     optimizer = optim.make_optimizer(run.config.optim, STEPS)
     start, _ = train.restore_or_init(run, no_checkpoint, optimizer, example)
     start = jax.tree.map(np.array, start)

@@ -122,7 +122,7 @@ def _run(values, workdir, *, devices, cache, output, slow, file_limit, stages, h
         number, address = host
         jax.distributed.initialize(address, num_processes=2, process_id=number)
     tasks.build = lambda _: LineTask()
-    train.pipeline.build = lambda _: SimpleNamespace(train=None, train_transform=None)
+    train.pipeline.build = lambda _: SimpleNamespace(train=None, train_transform=None, fingerprint=dict)
     train.pipeline.train_batches = _train_batches
     train.evaluators.evaluate = sleepy(_evaluate, "evaluation")
     checkpoint.save = sleepy(checkpoint.save, "save")
