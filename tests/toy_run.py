@@ -148,7 +148,7 @@ def start(workdir, *, cache, devices=1, slow="", file_limit=0, stages=(), host=N
     workdir = Path(workdir)
     options = {"devices": devices, "cache": cache, "output": workdir.with_suffix(".log"), "slow": slow, "host": host}
     options |= {"file_limit": file_limit, "stages": stages}
-    process = CONTEXT.Process(target=_run, args=(config(**changes).to_dict(), workdir), kwargs=options)
+    process = CONTEXT.Process(target=_run, args=(config(**changes).to_dict(), workdir), kwargs=options, daemon=True)
     process.start()
     return process
 
