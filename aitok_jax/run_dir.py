@@ -67,6 +67,10 @@ class RunDir:
                 f"Restore it, train in a new directory, or delete {path} to go on with other data"
             )
 
+    def remove(self, name: str) -> None:
+        if self._first_host:
+            (self.path / name).unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def logging(self, start: int, batch_size: int) -> Iterator[None]:
         """Opens the logs of a run that goes on from step `start`; what was logged after that step is dropped.

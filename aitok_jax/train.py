@@ -57,6 +57,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         run.folder.write_json("env.json", run_dir.environment(run.mesh))
         with run.folder.logging(start, sum(run.each("batch_size").values())):
             if start < config.train_steps:
+                run.folder.remove("metrics.json")  # of a shorter run; while it is there, a stage counts as finished
                 step = _compile(make_step(run, optimizer, shardings), state, example)
                 state = _loop(run, manager, step, state, batches)
             metrics = evaluate_all(run, state.inference_params, state.model_state)

@@ -3,12 +3,8 @@
 import dataclasses
 import itertools
 import json
-import multiprocessing
-import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -380,22 +376,6 @@ def test_a_crash_is_made_good(written, tmp_path, monkeypatch):
     assert not (tmp_path / "scenes.json").exists()
     scenes.ensure(tmp_path, **SETTINGS, workers=1)
     assert _contents(tmp_path) == _contents(written)
-
-
-def test_a_killed_worker_is_an_error_and_made_good(tmp_path):
-    def kill_one():
-        while not list(tmp_path.rglob("*.jpg")):
-            time.sleep(0.01)
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    with pytest.raises(ChildProcessError, match="one of 2 processes that render was ended from outside"):
-        scenes.ensure(tmp_path, **(SETTINGS | {"train": 500}), workers=2)
-    killer.join()
-    assert not (tmp_path / "scenes.json").exists()
-    scenes.ensure(tmp_path, **SETTINGS, workers=1)
-    assert len(list(tmp_path.rglob("rgb_*.jpg"))) == 5
 
 
 def test_command_with_two_processes(written, tmp_path):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -383,20 +382,13 @@ def test_stages_run_in_order_and_only_once(toy, tmp_path):
         main.run(config, tmp_path, "predict")
 
 
-def test_importing_the_loop_does_not_import_tensorflow():
-    code = "import sys, aitok_jax.main; sys.exit('tensorflow' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-@pytest.mark.parametrize(("backend", "given", "used"), [("gpu", None, "home"), ("cpu", None, None), ("gpu", "a", "a")])
-def test_compiled_programs_are_kept_where_that_is_safe(monkeypatch, tmp_path, backend, given, used):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        jax.config.update("jax_compilation_cache_dir", given)
-        main.use_compilation_cache()
-        expected = str(tmp_path / ".cache" / "aitok_jax") if used == "home" else used
-        assert jax.config.jax_compilation_cache_dir == expected
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+def test_a_stage_made_longer_is_finished_when_it_is_evaluated_again(toy, tmp_path, monkeypatch):
+    shorter, longer = (ConfigDict({"stages": {"line": _config(train_steps=n)}}).lock() for n in (2, 4))
+    main.run(shorter, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_all", None)
+        with pytest.raises(TypeError):
+            main.run(longer, tmp_path)
+    toy.evaluations.clear()
+    main.run(longer, tmp_path)
+    assert toy.evaluations == ["line"]
