@@ -4,6 +4,7 @@
         [--config.key=value ...] [--multihost]
 
 The same command goes on from the latest checkpoint in DIR; `--mode=eval` evaluates that checkpoint and trains nothing.
+SIGTERM and SIGINT save the step under way and exit with 143 or 130 (see `preemption`); errors exit with 1.
 `--multihost` starts jax.distributed (TPU pods, Slurm, or JAX_COORDINATOR_ADDRESS and friends).
 """
 
