@@ -4,6 +4,7 @@
         [--config.key=value ...] [--multihost | --coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 The same command goes on from the latest checkpoint in DIR; `--mode=eval` evaluates that checkpoint and trains nothing.
+SIGTERM and SIGINT save the step under way and exit with 143 or 130 (see `preemption`); errors exit with 1.
 Several processes are one run with `--multihost` on each (TPU pods, Slurm), or with the flags that say who they are.
 """
 

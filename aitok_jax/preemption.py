@@ -7,7 +7,7 @@ On several hosts SIGTERM belongs to the coordination service of JAX, by which al
 """
 
 import contextlib
-import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-LOG = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _lock = threading.Lock()
 _received: list[int] = []  # numbers of the signals so far
@@ -49,7 +48,7 @@ def handled() -> Iterator[None]:
     A second signal always stops it at once.
     """
     several = jax.process_count() > 1
-    handlers = {signal.SIGINT: _pass_on} if several else dict.fromkeys(SIGNALS, lambda *_: None)
+    handlers = {signal.SIGINT: _pass_on} if several else dict.fromkeys(SIGNALS, _wait)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     watcher = threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True)
@@ -96,6 +95,21 @@ def _raise_if_requested() -> None:
         raise Stopped("stopped by a signal; the same command goes on from the latest checkpoint")
 
 
+def _forget() -> None:
+    """In a forked process, whose signals are not the run's."""
+    if signal.getsignal(signal.SIGINT) in (_wait, _pass_on):
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _wait(*_) -> None:
+    """The thread that waits for signals has this one."""
+
+
 def _watch(reader: socket.socket) -> None:
     while numbers := reader.recv(1):
         if numbers[0] not in SIGNALS:
@@ -118,11 +132,13 @@ def _nothing() -> None:
 def _exit(finish: Callable[[], None]) -> None:
     try:
         finish()
+        message, code = "the same command goes on from the latest checkpoint", exit_code()
     except BaseException as error:
-        _say(f"stopped by a signal; the last checkpoint could not be finished: {error}")
-        os._exit(1)
-    _say("stopped by a signal; the same command goes on from the latest checkpoint")
-    os._exit(exit_code())
+        message, code = f"the last checkpoint could not be finished: {error}", 1
+    _say(f"stopped by a signal; {message}")
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 def _say(message: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import toy_run
 
-from aitok_jax import checkpoint, run_dir
+from aitok_jax import checkpoint, preemption, run_dir
 
 KILLS = 20
 STEPS = 60
@@ -210,3 +210,16 @@ def test_two_hosts_stop_after_the_same_step_and_one_goes_on(run, tmp_path):
     assert toy_run.output(workdir).count(f"goes on from step {step}") == 2
     assert toy_run.finish(run(train_steps=step + 2, eval_every=0)) == 0
     assert logged(workdir) == step + 2
+
+
+def test_a_signal_to_a_forked_child_is_the_childs_own():
+    with preemption.handled(), preemption.deferred():
+        child = os.fork()
+        if child == 0:
+            time.sleep(10)
+            os._exit(0)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitpid(child, 0)[1] == signal.SIGTERM
+        time.sleep(0.1)
+        assert not preemption.requested()
