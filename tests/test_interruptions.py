@@ -58,9 +58,9 @@ def logged(workdir):
     return max((line["step"] for line in toy_run.lines(workdir)), default=0) if workdir.exists() else 0
 
 
-def after_steps(process, workdir, rng, most):
+def after_steps(workdir, rng, most):
     """Waits for 0 to `most` steps more than are saved, and a part of a step."""
-    target = max(checkpoint.latest_step(workdir), 0) + rng.randint(0, most)
+    target = min(max(checkpoint.latest_step(workdir), 0) + rng.randint(0, most), STEPS)
     if rng.random() < 0.2:
         time.sleep(rng.uniform(0, 0.5))  # while it starts
         return
@@ -70,11 +70,14 @@ def after_steps(process, workdir, rng, most):
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(run, whole, tmp_path):
     rng, workdir = random.Random(), tmp_path / "run"
-    for _ in range(KILLS):
+    kills = 0
+    while kills < KILLS:
         process = run()
-        after_steps(process, workdir, rng, most=STEPS // KILLS)
-        os.kill(process.pid, signal.SIGKILL)
-        assert toy_run.finish(process) == -signal.SIGKILL
+        after_steps(workdir, rng, most=STEPS // KILLS)
+        process.kill()
+        code = toy_run.finish(process)
+        assert code in (0, -signal.SIGKILL), toy_run.output(workdir)
+        kills += code != 0
     assert toy_run.finish(run()) == 0, toy_run.output(workdir)
     assert_same_run(workdir, whole)
 
@@ -85,7 +88,7 @@ def test_stopped_by_signals_it_loses_no_step(run, whole, tmp_path):
         before = max(checkpoint.latest_step(workdir), 0)
         process = run(checkpoint_every=1000)
         toy_run.wait_for(lambda start=before: (workdir / "metrics.jsonl").exists() and logged(workdir) > start)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.05))
         os.kill(process.pid, number)
         assert toy_run.finish(process) == 128 + number
         stopped_at = checkpoint.latest_step(workdir)
@@ -212,6 +215,7 @@ def test_two_hosts_stop_after_the_same_step_and_one_goes_on(run, tmp_path):
     assert logged(workdir) == step + 2
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_a_signal_to_a_forked_child_is_the_childs_own():
     with preemption.handled(), preemption.deferred():
         child = os.fork()

@@ -86,6 +86,7 @@ def _train_batches(source, transform, *, batch_size, seed, start_step, process_i
     local = batch_size // process_count
     rows = slice(local * process_index, local * (process_index + 1))
     for step in itertools.count(start_step):
+        time.sleep(0.01)  # so that a signal comes before the end
         yield {name: values[rows] for name, values in batch(seed, step, batch_size).items()}
 
 
