@@ -88,7 +88,7 @@ def test_stopped_by_signals_it_loses_no_step(run, whole, tmp_path):
         before = max(checkpoint.latest_step(workdir), 0)
         process = run(checkpoint_every=1000)
         toy_run.wait_for(lambda start=before: (workdir / "metrics.jsonl").exists() and logged(workdir) > start)
-        time.sleep(rng.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 2 * toy_run.PACE))
         os.kill(process.pid, number)
         assert toy_run.finish(process) == 128 + number
         stopped_at = checkpoint.latest_step(workdir)

@@ -27,6 +27,7 @@ from aitok_jax import checkpoint, main, preemption, run_dir, tasks, train
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["aitok_jax.main", "pytest"])
+PACE = 0.01  # seconds at least between two steps, so that on any machine a test can signal before the last of them
 
 
 @dataclasses.dataclass(frozen=True)
