@@ -30,6 +30,7 @@ BEST = "best"
 BUILTIN = "builtin"  # names the weights that come with the package, in a folder of that name
 # A run goes on only where these agree with its checkpoint; all else (lengths, intervals, paths) may change.
 FIXED_KEYS = ("name", "seed", "batch_size", "task", "optim.name", "ema_decay")
+FREE_KEYS = (".dtype", ".remat")  # how a task is computed, not what
 
 
 class DamagedError(OSError):
@@ -96,6 +97,7 @@ def save_best(
 
     Raises:
       ValueError: `metrics` has no such metric.
+      DamagedError: what is there cannot be read.
     """
     name, sign = config.get("best_metric"), {"min": -1.0, "max": 1.0}[config.get("best_mode", "min")]
     if not name:
@@ -106,10 +108,14 @@ def save_best(
     def score(metrics):
         return sign * metrics.get(name, -sign * np.inf)
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, best_fn=score, create=True)
-    with _manager(Path(workdir) / BEST, options) as manager:
+    folder = Path(workdir) / BEST
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, best_fn=score, create=True, cleanup_tmp_directories=True)
+    with _reading(folder, "; delete it, and the same command goes on"):
+        manager = _manager(folder, options)
         best = manager.best_step()
-        if best == step or not score(metrics) > (-np.inf if best is None else score(manager.metrics(best) or {})):
+        to_beat = -np.inf if best is None else score(manager.metrics(best) or {})
+    with manager:
+        if best == step or not score(metrics) > to_beat:
             return
         items = _inference_items({"params": state.inference_params, "model_state": state.model_state}, config)
         with _writing(manager):
@@ -183,12 +189,12 @@ def _restore(manager, step: int, where: Path, abstract_state: TrainState, config
 
 
 @contextlib.contextmanager
-def _reading(where: Path) -> Iterator[None]:
+def _reading(where: Path, advice: str = "") -> Iterator[None]:
     """What Orbax, TensorStore or JSON raise for missing, cut off or altered files is of any type."""
     try:
         yield
     except Exception as error:
-        raise DamagedError(f"{where} cannot be read ({_brief(error)})") from error
+        raise DamagedError(f"{where} cannot be read ({_brief(error)}){advice}") from error
 
 
 def _brief(error: Exception) -> str:
@@ -204,7 +210,7 @@ def _everywhere(ok: bool) -> bool:
 def _none_readable(folder: Path, errors: Iterable[Exception]) -> DamagedError:
     lines = "\n  ".join(str(error) for error in errors)
     return DamagedError(
-        f"no checkpoint in {folder} can be read; bring back a copy, or move it away to start anew\n  {lines}"
+        f"no checkpoint in {folder} can be read; bring back a copy, or start anew in another --workdir\n  {lines}"
     )
 
 
@@ -226,7 +232,7 @@ def _check_same_run(saved: Mapping, config: ConfigDict, where: Path) -> None:
     old, new = config_utils.flatten(saved), config_utils.flatten(json.loads(config_utils.to_json(config)))
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
     lines = {key: f"config.{key}: {a!r} there, {b!r} now" for key, (a, b) in changed.items()}
-    fixed = [line for key, line in lines.items() if any(key == k or key.startswith(f"{k}.") for k in FIXED_KEYS)]
+    fixed = [line for key, line in lines.items() if _is_fixed(key)]
     if fixed:
         raise ValueError(
             f"{where} is a checkpoint of another configuration; use a new --workdir or restore the values.\n  "
@@ -234,6 +240,10 @@ def _check_same_run(saved: Mapping, config: ConfigDict, where: Path) -> None:
         )
     for line in lines.values():
         LOG.info("resuming with a changed value: %s", line)
+
+
+def _is_fixed(key: str) -> bool:
+    return not key.endswith(FREE_KEYS) and any(key == k or key.startswith(f"{k}.") for k in FIXED_KEYS)
 
 
 def _check_shapes(saved: Any, wanted: Any, where: Path) -> None:

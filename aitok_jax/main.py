@@ -4,7 +4,8 @@
         [--config.key=value ...] [--multihost | --coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 The same command goes on from the latest checkpoint in DIR; `--mode=eval` evaluates that checkpoint and trains nothing.
-SIGTERM and SIGINT save the step under way and exit with 143 or 130 (see `preemption`); errors exit with 1.
+SIGTERM and SIGINT save the step under way and exit with 143 or 130 (see `preemption`); errors exit with 1,
+and with `--verbosity=1` show where they come from.
 Several processes are one run with `--multihost` on each (TPU pods, Slurm), or with the flags that say who they are.
 """
 
@@ -65,15 +66,19 @@ def use_compilation_cache() -> None:
 
 
 def main(_: list[str]) -> None:
+    LOG.setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO)
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells a lot
-    LOG.setLevel(logging.INFO)
     try:
         distributed.start(*(flags.FLAGS[name].value for name in PROCESSES))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     use_compilation_cache()
-    with preemption.handled():
-        metrics = run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode)
+    try:
+        with preemption.handled():
+            metrics = run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode)
+    except (ValueError, OSError, FloatingPointError) as error:
+        LOG.debug("", exc_info=True)
+        sys.exit(f"error: {error}")
     for name, value in metrics.items():
         print(f"{name} {value:.6g}")
 

@@ -1,12 +1,13 @@
 """What a run needs before its first step: mesh, task, data, and a configuration that can work."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -15,6 +16,8 @@ from aitok_jax.data import pipeline
 
 _REQUIRED = ("name", "seed", "task", "data", "batch_size", "eval_batch_size", "train_steps", "log_every", "eval_every")
 _REQUIRED += ("checkpoint_every", "keep_checkpoints", "optim")
+_HOURS_TO_RENDER = 24
+_barriers = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +87,16 @@ def _check_batch_sizes(run: Run, micro_batches: int) -> None:
     """ValueError where a batch cannot be split over the devices, of which there may have been more before."""
     for size in run.each("eval_batch_size").values():
         sharding.check_batch_size(size, run.mesh, "eval_batch_size")
-    for size in run.each("batch_size").values():
+    for part, size in run.each("batch_size").items():
         try:
-            sharding.check_batch_size(size, run.mesh, "batch_size", micro_batches)
+            name = f"batch_size.{part}" if run.joint else "batch_size"
+            sharding.check_batch_size(size, run.mesh, name, micro_batches)
         except ValueError as error:
             if checkpoint.latest_step(run.folder.path) < 0:
                 raise
             raise ValueError(
-                f"{error}, in a new --workdir: this run goes on with {size} alone, on fewer devices"
+                f"{error}, in a new --workdir: this run goes on with {size} alone, on fewer devices or a lower "
+                "accumulate"
             ) from None
 
 
@@ -99,8 +104,9 @@ def _build_data(configs: Mapping[str, ConfigDict]) -> dict[str, pipeline.Data]:
     """The data of each part. Scenes that have to be rendered are the first host's work; the others wait for it."""
     first = jax.process_index() == 0
     data = {name: pipeline.build(config) for name, config in configs.items()} if first else {}
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("data")
+    if jax.process_count() > 1:  # no collective: those give up after half a minute
+        wait = ocp.multihost.get_barrier_sync_fn()
+        wait(key=f"data {next(_barriers)}", timeout_ms=_HOURS_TO_RENDER * 3_600_000)
     return data or {name: pipeline.build(config) for name, config in configs.items()}
 
 

@@ -77,8 +77,8 @@ class RunDir:
 
         Within, `training` and `evaluation` may be called.
         """
+        self._drop_lines_after(start)
         if self._first_host:
-            self._drop_lines_after(start)
             self._events = _event_writer(self.path)
         self._batch_size, self._last = batch_size, (start, self._now())
         try:
@@ -126,12 +126,14 @@ class RunDir:
         self._events.write_scalars(step, {prefix + name: value for name, value in metrics.items()})
 
     def _drop_lines_after(self, step: int) -> None:
+        """All hosts must know what was evaluated; the first one alone writes."""
         file = self.path / "metrics.jsonl"
         if file.exists():
             lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             kept = {line: json.loads(line) for line in lines if json.loads(line)["step"] <= step}
             self._evaluated = {values["step"] for values in kept.values() if "loss" not in values}
-            _write(file, "".join(kept))
+            if self._first_host:
+                _write(file, "".join(kept))
 
     def _now(self) -> float:
         return time.perf_counter() - self._untimed

@@ -228,7 +228,7 @@ def main(_: list[str]) -> None:
         config = config.stages[options.stage or names[-1]]
     try:
         report = measure(options.cases, Path(options.scenes), config, options.images, options.steps)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     text = json.dumps(report, indent=2)
     print(text)

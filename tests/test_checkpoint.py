@@ -132,8 +132,10 @@ def test_another_configuration_is_refused_and_named(tmp_path, caplog):
         assert "config.seed: 0 there, 1 now" in str(error.value)
         assert "train_steps" not in str(error.value)
         with caplog.at_level(logging.INFO):
-            assert checkpoint.restore_latest(manager, abstract, _config(train_steps=50)) is not None
+            task = ConfigDict({"name": "toy", "width": 4, "sizes": (1, 2), "dtype": "bfloat16", "remat": "blocks"})
+            assert checkpoint.restore_latest(manager, abstract, _config(train_steps=50, task=task)) is not None
         assert "config.train_steps: 5 there, 50 now" in caplog.text
+        assert "config.task.remat: None there, 'blocks' now" in caplog.text
 
 
 def test_other_shapes_name_parameter_and_both_shapes(tmp_path):
@@ -215,7 +217,9 @@ def test_when_no_checkpoint_can_be_read_nothing_is_touched(tmp_path):
     abstract = _abstract(_state(), sharding.make_mesh())
     with (
         checkpoint.open_manager(tmp_path) as manager,
-        pytest.raises(checkpoint.DamagedError, match=r"no checkpoint in .* can be read; bring back a copy, or move"),
+        pytest.raises(
+            checkpoint.DamagedError, match=r"no checkpoint in .* can be read; bring back a copy, or start anew"
+        ),
     ):
         checkpoint.restore_latest(manager, abstract, _config())
     assert sorted(tmp_path.rglob("*")) == before
@@ -242,5 +246,9 @@ def test_the_best_weights_are_kept_apart(tmp_path, mode, best):
         checkpoint.save_best(tmp_path, 6, {"toy/other": 1.0}, state, config)
     checkpoint.save_best(tmp_path, 7, {"toy/other": 1.0}, state, _config())
     other = _config(best_metric="toy/other", best_mode=mode)
+    (tmp_path / "best" / str(best) / "metrics" / "metrics").write_text("")
+    with pytest.raises(checkpoint.DamagedError, match=r"best cannot be read .*delete it, and the same command goes on"):
+        checkpoint.save_best(tmp_path, 8, {"toy/other": 1.0}, state, other)
+    shutil.rmtree(tmp_path / "best")
     checkpoint.save_best(tmp_path, 8, {"toy/other": 1.0}, state, other)
     assert checkpoint.latest_step(tmp_path / "best") == 8

@@ -1,10 +1,12 @@
+import sys
+
 import coco_files
 import numpy as np
 import pytest
 from test_nyu import write_pair
 from test_pipeline import SOLVER, assert_same, data_config, take
 
-from aitok_jax.data import mixture, nyu, pipeline
+from aitok_jax.data import mixture, nyu, pipeline, prepare
 
 
 @pytest.fixture
@@ -76,6 +78,18 @@ def test_built_from_a_config(roots):
     tokens = pipeline.build(data_config(**options, recipe="tokenizer"))
     (batch,) = take(pipeline.train_batches(tokens.train, tokens.train_transform, batch_size=2, seed=0), 1)
     assert set(batch) == {"depth", "id", "mask"}
+
+
+def test_a_list_is_not_for_prepared_data_beside_it(roots, tmp_path, monkeypatch):
+    (roots[0] / "train.txt").write_text(
+        "".join(f"/room/rgb_{i:05}.jpg /room/sync_depth_{i:05}.png\n" for i in range(2))
+    )
+    prepared = tmp_path / "prepared"
+    arguments = ["prepare", "nyu", str(roots[1]), str(prepared), "--train_count=0", "--test_count=0"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    prepare.main()
+    options = {"root": str(roots[0]), "train_list": "train.txt", "also_root": str(prepared), "also_count": 1}
+    assert len(pipeline.build(data_config(**options)).train) == 2 + 3
 
 
 def test_classes_must_be_the_same(tmp_path):

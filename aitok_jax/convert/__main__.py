@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells a lot
     source, target = argv[1:]
     try:
-        if Path(source).is_dir():
+        if checkpoint.locate(source).is_dir():
             for name, shape in to_file(source, target).items():
                 print(f"written: {name} {list(shape)}")
             return 0
@@ -77,7 +77,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     args = config_utils.parse_flags(argv)
     if len(args) != 3:
         sys.exit("error: give FILE DIR --config=configs/X.py, or DIR FILE")
-    if Path(args[1]).is_dir() == (flags.FLAGS["config"].value is not None):
+    if checkpoint.locate(args[1]).is_dir() == (flags.FLAGS["config"].value is not None):
         sys.exit("error: --config=configs/X.py is needed to convert a file, and belongs to no directory")
     return args
 

@@ -154,6 +154,8 @@ def build(config: Any) -> Data:
     data = builders[config.name](config)
     if count := config.get("also_count", 0):
         changes = {"root": config.also_root, "expected_train": 0, "expected_test": 0, "render": {}}
+        if config.name == "nyu" and prepared.find(config.also_root, "nyu"):
+            changes |= {"train_list": "", "test_list": ""}
         also = builders[config.name](ConfigDict({**config, **changes}))
         data = dataclasses.replace(data, train=mixture.Mixture(data.train, also.train, count))
     return data

@@ -61,6 +61,11 @@ def prepare_folder(args: argparse.Namespace) -> None:
     if not 0 < args.test_share < 1:
         raise ValueError(f"--test_share={args.test_share} must be between 0 and 1; 0.1 is usual")
 
+    for folder in filter(None, (args.images, args.depth)):
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
+    source = coco.CocoSource(args.images, args.annotations, on_error="skip") if args.annotations else None
+
     def tested(name):
         return int(nyu.digest(name.encode())[:8], 16) < args.test_share * 2**32
 
@@ -79,8 +84,7 @@ def prepare_folder(args: argparse.Namespace) -> None:
             },
             [],
         )
-    if args.annotations:
-        source = coco.CocoSource(args.images, args.annotations, on_error="skip")
+    if source:
         _write_objects(args, source, source, tested)
 
 
@@ -242,7 +246,7 @@ def main() -> None:
     try:
         args.run(args)
         shutil.rmtree(Path(args.out) / _UNFINISHED)
-    except (ValueError, FileNotFoundError, ChildProcessError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
