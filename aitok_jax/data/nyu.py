@@ -1,5 +1,6 @@
 """NYUv2 and folders in its layout: `<scene>/rgb_NNNNN.jpg` with `sync_depth_NNNNN.png` (AIT.md section 8)."""
 
+import abc
 import hashlib
 import io
 import struct
@@ -71,7 +72,7 @@ class Skipping:
             logging.warning("skipped %s: %s", name, reason)
 
 
-class DepthSource(Skipping):
+class DepthSource(Skipping, abc.ABC):
     """Random access to pairs of an RGB image and a depth map; subclasses give `names` and `_file`."""
 
     names: list[str]
@@ -105,9 +106,9 @@ class DepthSource(Skipping):
     def _decoded(self, index: int) -> dict[str, np.ndarray]:
         return decode_pair(self._file(index, "depth"), self._file(index, "image") if self.images else None)
 
+    @abc.abstractmethod
     def _file(self, index: int, kind: str) -> File:
         """The encoded 'image' or 'depth' of an example."""
-        raise NotImplementedError
 
 
 class NyuSource(DepthSource):

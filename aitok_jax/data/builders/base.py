@@ -4,6 +4,7 @@ A line is a JSON object with `index` and `name`. It is loaded by a function of t
 Apache Beam, which reads and writes text files, so that the workers need nothing but folders that all of them see.
 """
 
+import abc
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -38,9 +39,9 @@ class PreparedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self._work, self._max_broken, self._beam = work, max_broken, beam
         super().__init__(**options)
 
+    @abc.abstractmethod
     def load(self) -> Load:
         """A function of its module (workers import it); raises one of READ_ERRORS for a broken example."""
-        raise NotImplementedError
 
     def _split_generators(self, dl_manager):
         del dl_manager
