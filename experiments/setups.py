@@ -1,0 +1,118 @@
+"""The set-ups that rows of the tables change: by scale, name -> config of one run.
+
+`{NAME}` in `start_from` stands for the run of the set-up NAME that belongs to the same row, `{workdir}` for the work
+directory. Scale 'scenes' is in small what 'nyu' and 'coco' are as published: two tokenizers, a detection model that
+the objects start from, one solver a task or one for both. In place of the published SimMIM weights its solvers start
+from the backbone of the built-in weights, which has seen scenes of the same kind, but none of the evaluation.
+"""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from ml_collections import ConfigDict
+from tables import LENGTH
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+STEPS = {"depth_tokenizer": 600, "mask_tokenizer": 1000, "detection": 2000}
+STEPS |= {"depth": 500, "instances": 1000, "joint": 1000}
+BUDGET = {"scenes": 6000, "test_scenes": 300, "eval_batch_size": 50, "log_every": 50} | STEPS
+SMOKE = {"scenes": 16, "test_scenes": 4, "eval_batch_size": 4, "log_every": 1} | dict.fromkeys(STEPS, 2)
+NO_CODES = {"num_mask_codes": 0, "num_depth_codes": 0}
+
+
+def load(name: str) -> ModuleType:
+    """The module configs/NAME.py, which is a file of a folder and no package."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def scenes(smoke: bool = False) -> dict[str, ConfigDict]:
+    """The built-in scenes of configs/quickstart.py; `smoke` takes two steps of each run."""
+    small, budget = load("quickstart"), SMOKE if smoke else BUDGET
+    own = {"memory_weight": 0.0, "soft_input": True, "soft_detokenize": True}  # as published
+    depth = {**small.depth_fields(parallel=False), **own, "input_noise": 0.0}
+    objects = {**small.instance_fields(), **own, "aux_weight": 5.0}
+    hard = {"tokenizer": None, "aux_weight": 0.0, "soft_input": False, "soft_detokenize": False}
+
+    def shared(**vocabulary):
+        fields = small.shared_fields(parallel=False)
+        fields["transformer"]["max_length"] = LENGTH
+        return {**fields, "vocabulary": {"num_bins": small.SIZE, "num_classes": 9, **vocabulary}}
+
+    def object_data(mask_size):
+        fields = {"size": small.SIZE, "num_objects": small.OBJECTS, "jitter": (1.0, 1.0), "order": "left_to_right"}
+        return {**small.object_data("coco", budget), **fields, "mask_size": mask_size}
+
+    def run(name, task, data, batch_size, **start_from):
+        config = ConfigDict(small.stage(name, {"name": name, **task}, data, batch_size, budget))
+        config.start_from = {f"{prefix.replace('__', '/')}": path for prefix, path in start_from.items()}
+        return config
+
+    depth_data = small.depth_data("solver", budget)
+    each = {
+        "depth_tokenizer": run(
+            "depth_tokenizer",
+            {"image_size": small.SIZE, "mask_ratio": 0.0, "mask_patch": 8, "tokenizer": small.DEPTH_TOKENIZER},
+            small.depth_data("tokenizer", budget),
+            16,
+        ),
+        "mask_tokenizer": run(
+            "mask_tokenizer",
+            {"image_size": small.CROP, "tokenizer": small.MASK_TOKENIZER},
+            small.object_data("coco_masks", budget),
+            64,
+        ),
+        "detection": run("detection", {**shared(**NO_CODES), **objects, **hard}, object_data(0), 8),
+        "depth": run("depth", {**shared(num_mask_codes=0), **depth}, depth_data, 8),
+        "instances": run("instances", {**shared(num_depth_codes=0), **objects}, object_data(small.CROP), 8),
+        "joint": run(
+            "joint",
+            {"shared": shared(), "depth": {**depth, "loss_weight": 0.3}, "instances": objects},
+            {"depth": depth_data, "instances": object_data(small.CROP)},
+            {"depth": 2, "instances": 8},
+        ),
+    }
+    bins = {"kind": "bins", "downsample": small.DEPTH_TOKENIZER["downsample"], "num_codes": 128, "max_value": 10.0}
+    each["bins"] = ConfigDict(each["depth"].to_dict())
+    each["bins"].task.tokenizer = bins
+    each["detection"].task.name = "instances"  # without masks
+    return _start(each, {"params/backbone": "builtin"})
+
+
+def published(smoke: bool = False) -> dict[str, ConfigDict]:
+    """The published set-ups with Swin-B on NYUv2 and COCO."""
+    if smoke:
+        raise ValueError("smoke runs are for --scale=scenes; NYUv2 and COCO are not at hand everywhere")
+    depth, coco, joint = load("nyu"), load("coco"), load("joint")
+    each = {
+        "depth_tokenizer": load("vqvae_depth").get_config(),
+        "mask_tokenizer": load("vqvae_mask").get_config(),
+        "detection": coco.get_config("task=detection"),
+        "depth": depth.get_config(),
+        "bins": depth.get_config("tokenizer=bins"),
+        "instances": coco.get_config(),
+        "joint": joint.get_config(),
+    }
+    return _start(each, {"params/backbone": "{backbone}"})
+
+
+def _start(each: dict[str, ConfigDict], pretrained: dict[str, str]) -> dict[str, ConfigDict]:
+    """Says what every run starts from: backbone, detection model, tokenizers."""
+    detection = {"params": "{detection}"}
+    depth = {"model_state/depth_tokenizer": "{depth_tokenizer}"}
+    masks = {"model_state/mask_tokenizer": "{mask_tokenizer}"}
+    sources = {"detection": pretrained, "depth": pretrained | depth, "bins": pretrained}
+    sources |= {"instances": detection | masks, "joint": detection | depth | masks}
+    for name, source in sources.items():
+        each[name].start_from = source
+    return each
+
+
+SCALES = {
+    "scenes": (scenes, ("depth_tokenizer", "mask_tokenizer", "detection", "depth", "bins", "instances", "joint")),
+    "nyu": (published, ("depth_tokenizer", "depth", "bins")),
+    "coco": (published, ("mask_tokenizer", "detection", "instances")),
+}
