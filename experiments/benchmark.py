@@ -15,9 +15,9 @@ Files are built-in scenes, rendered once into --scenes; `train` reads the config
 reads none. Numbers per core count the processor's time, not the clock's, so that other programs on the machine hardly
 change them. --compare prints new / old of every number.
 
-Every case runs in a process of its own, so that `peak_memory` is its own: `process_bytes` of the host, imports
-0.3 GB) and compilation included, and `device_bytes` where the device counts them (GPU, TPU). On a CPU all is in the
-process. Compiled programs are not taken from a cache.
+Every case runs in a process of its own, so that `peak_memory` is its own: `process_bytes` of the host, with imports and
+compilation, and `device_bytes` of the device that takes most, where it counts them (GPU, TPU; a CPU's are the
+process's). Compiled programs are not taken from a cache.
 
 `flops` are those of all matrix products and convolutions, loops counted as often as they run (see roofline.py);
 `share_of_matmul` compares their rate with that of a large matrix product in the same dtype, on the same devices, in the
