@@ -296,22 +296,23 @@ def _cores() -> int:
 def main(_: list[str]) -> None:
     options = flags.FLAGS
     try:
-        if len(options.compare) == 2:
-            old, new = options.compare
-            print(compare(read(new), read(old)))
+        if len(options.compare) > 2:
+            raise ValueError(f"--compare={','.join(options.compare)} must name one file, or an old and a new one")
+        others = [read(file) for file in options.compare]
+        if len(others) == 2:
+            print(compare(others[1], others[0]))
             return
-        old = read(options.compare[0]) if options.compare else None
         report = measure(
             options.cases, Path(options.scenes), chosen(options), options.images, options.steps, options.batch
         )
         text = json.dumps(report, indent=2)
+        print(text, table(report), sep="\n\n")
+        for old in others:
+            print("", compare(report, old), sep="\n")
         if options.out:
             Path(options.out).write_text(text + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(text, table(report), sep="\n\n")
-    if old is not None:
-        print(compare(report, old), sep="\n")
 
 
 def chosen(options: flags.FlagValues) -> ConfigDict | None:

@@ -104,7 +104,7 @@ def _timed(function: Callable[..., Any], *args: Any) -> Program:
 def _numbers(programs: dict[str, Program], batch_size: int, matmul: float) -> dict[str, Any]:
     if "memory" in programs:
         decoded = programs["decode"].result
-        steps = getattr(decoded, "steps", None)  # of a loop that may end early; random weights decode everything
+        steps = getattr(decoded, "steps", None)  # of a loop that may end early
         tokens = decoded.tokens.shape[1] if steps is None else int(steps)
         per_token = {"ms_per_token": 1e3 * programs["decode"].latency_s / tokens}
     else:

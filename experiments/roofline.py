@@ -27,7 +27,8 @@ def flops(jaxpr: Any, while_steps: int | None = None) -> int:
     """Floating-point operations of all matrix products and convolutions of a program, on all devices together.
 
     A multiply-add is two. Loops count as often as they run; of a condition the largest branch does; the zeros of
-    padding and dilation do not. All else (softmax, norms, random numbers) is left out, as is usual for such rates.
+    padding and dilation do not. What is computed again in a backward pass counts again. All else (softmax, norms,
+    random numbers) is left out, as is usual for such rates.
 
     Args:
       jaxpr: `jax.jit(f).trace(*args).jaxpr`.
