@@ -1,30 +1,46 @@
-"""Measures speed and says where the time goes, as JSON with the devices, versions and commit.
+"""Measures speed and says where the time goes, as JSON with the devices, versions and commit, and as a table.
 
     python experiments/benchmark.py --cases=input_depth,input_instances [--out=NEW.json] [--compare=OLD.json]
     python experiments/benchmark.py --cases=train --config=configs/nyu.py:backbone=swin_b [--config.batch_size=8]
+    python experiments/benchmark.py --cases=predict --config=configs/nyu.py:parallel [--batch=4]
+    python experiments/benchmark.py --compare=OLD.json,NEW.json
 
 Cases:
     input_depth        the published NYUv2 recipe of the solver, 480x480 crops of 640x480 files
     input_instances    the published COCO recipe, 640x640 with large-scale jitter
     train              the training step of --config (of --stage, where it has several), and the loop around it
+    predict            latency of its prediction with random weights, as a whole and in parts (see latency.py)
 
-Files are built-in scenes, rendered once into --scenes; `train` reads the config's own where its root exists. Numbers
-per core count the processor's time, not the clock's, so that other programs on the machine hardly change them.
---compare prints new / old of every number.
+Files are built-in scenes, rendered once into --scenes; `train` reads the config's own where its root exists, `predict`
+reads none. Numbers per core count the processor's time, not the clock's, so that other programs on the machine hardly
+change them. --compare prints new / old of every number.
+
+Every case runs in a process of its own, so that `peak_memory` is its own: `process_bytes` of the host, with imports and
+compilation, and `device_bytes` of the device that takes most, where it counts them (GPU, TPU; a CPU's are the
+process's). Compiled programs are not taken from a cache.
+
+`flops` are those of all matrix products and convolutions, loops counted as often as they run (see roofline.py);
+`share_of_matmul` compares their rate with that of a large matrix product in the same dtype, on the same devices, in the
+same process: the roofline.
 """
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import jax
+import latency
 import numpy as np
+import roofline
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
@@ -34,37 +50,64 @@ from aitok_jax.data import objects, pipeline, scenes
 ROOT = Path(__file__).parents[1]
 FRAMES, HEIGHT, WIDTH = 24, 480, 640
 PUBLISHED = {"input_depth": "nyu", "input_instances": "coco"}  # whose data, and batch size, a case takes
-CASES = (*PUBLISHED, "train")
+CASES = (*PUBLISHED, "train", "predict")
 WARM_UP = 2  # batches or steps before the clock starts
 
 
-def measure(cases: list[str], folder: Path, config: ConfigDict | None, images: int, steps: int) -> dict[str, Any]:
-    """The report: {'environment', 'cases': {case: numbers}}.
+def measure(
+    cases: list[str], folder: Path, config: ConfigDict | None, images: int = 192, steps: int = 20, batch: int = 1
+) -> dict[str, Any]:
+    """The report: {'environment', 'cases': {case: numbers}}; every case has a process of its own.
 
     Args:
       cases: of CASES.
       folder: of the scenes, rendered where absent.
-      config: of one run, for 'train'.
+      config: of one run, for 'train' and 'predict'.
       images: how many to read for each number of an input case.
       steps: of 'train'.
+      batch: images of a prediction.
 
     Raises:
-      ValueError: an unknown case, or 'train' without a config.
+      ValueError: an unknown case, one that needs a config without it, or a config that cannot work.
+      OSError: the process of a case was killed.
     """
     for case in cases:
         if case not in CASES:
             raise ValueError(f"--cases: {config_utils.unknown(case, CASES)}")
-    if "train" in cases and config is None:
-        raise ValueError("--cases=train needs --config=configs/X.py")
-    scenes.ensure(folder, train=FRAMES, test=1, height=HEIGHT, width=WIDTH, workers=os.cpu_count() or 1)
-    report = {"environment": run_dir.environment(sharding.make_mesh()) | {"cores": _cores()}, "cases": {}}
+        if case not in PUBLISHED and config is None:
+            raise ValueError(f"--cases={case} needs --config=configs/X.py")
+    fields = None if config is None else config.to_dict()
+    report = {"environment": {}, "cases": {}}
     for case in cases:
-        if case == "train":
-            report["cases"][case] = {"config": config.name, **training(on_scenes(config, folder), steps)}
-        else:
-            published = on_scenes(load_config(PUBLISHED[case]), folder)
-            report["cases"][case] = reading(pipeline.build(published.data), published.batch_size, images)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                done = pool.submit(_in_process, case, folder, fields, images, steps, batch).result()
+            except BrokenProcessPool:
+                raise OSError(f"--cases={case}: its process was killed, perhaps for lack of memory") from None
+        report["environment"], report["cases"][case] = done
     return report
+
+
+def _in_process(case: str, folder: Path, fields: dict | None, *options: int) -> tuple[dict, dict]:
+    """The environment, and the numbers of a case; for a fresh process, since devices belong to one at a time."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    config = None if fields is None else ConfigDict(fields)
+    numbers = measure_case(case, folder, config, *options)
+    return run_dir.environment(sharding.make_mesh()) | {"cores": _cores()}, numbers
+
+
+def measure_case(
+    case: str, folder: Path, config: ConfigDict | None, images: int, steps: int, batch: int
+) -> dict[str, Any]:
+    """The numbers of one case, in this process; see `measure`."""
+    if case == "predict":
+        return {"config": config.name, **latency.prediction(config, batch)}
+    scenes.ensure(folder, train=FRAMES, test=1, height=HEIGHT, width=WIDTH, workers=os.cpu_count() or 1)
+    if case == "train":
+        return {"config": config.name, **training(on_scenes(config, folder), steps)}
+    published = on_scenes(load_config(PUBLISHED[case]), folder)
+    numbers = reading(pipeline.build(published.data), published.batch_size, images)
+    return numbers | {"peak_memory": roofline.peak_memory()}
 
 
 def reading(data: pipeline.Data, batch_size: int, images: int) -> dict[str, Any]:
@@ -124,12 +167,15 @@ def training(config: ConfigDict, steps: int) -> dict[str, Any]:
         with checkpoint.open_manager(folder) as manager:
             state, shardings = train.restore_or_init(run, manager, optimizer, example)
         started = time.perf_counter()
-        step = train.make_step(run, optimizer, shardings).lower(state, example).compile()
+        traced = train.make_step(run, optimizer, shardings).trace(state, example)
+        step = traced.lower().compile()
         compile_s = time.perf_counter() - started
         memory = overview.step_memory(step)
         state, alone = _alone(step, state, example, steps)
         loop, waiting, placing = _loop(run, step, state, batches, steps)
     images = sum(run.each("batch_size").values())
+    peak, dtype = roofline.peak_memory(), roofline.compute_dtype(run.task)
+    rates = roofline.matmul_rates(run.mesh.devices.flatten().tolist(), dtype)
     return {
         "compile_s": compile_s,
         "step_s": alone,
@@ -139,6 +185,9 @@ def training(config: ConfigDict, steps: int) -> dict[str, Any]:
         "share_waiting_for_input": waiting / loop,
         "share_placing_on_devices": placing / loop,
         "bytes_on_a_device": memory,
+        "peak_memory": peak,
+        **roofline.rating(roofline.flops(traced.jaxpr), alone, rates[dtype]),
+        "matmul_flops_per_s": rates,
     }
 
 
@@ -184,6 +233,30 @@ def compare(new: dict, old: dict) -> str:
     return "\n".join(lines)
 
 
+def read(file: str) -> dict:
+    """A report; ValueError for a file that holds none."""
+    try:
+        report = json.loads(Path(file).read_text())
+        return report | {"cases": report["cases"]}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no report of this program ({error!r}); give one that --out wrote") from error
+
+
+def table(report: dict) -> str:
+    """A line 'name  value' for every number."""
+    numbers = config_utils.flatten(report["cases"])
+    width = max(map(len, numbers), default=0)
+    return "\n".join(f"{name:{width}}  {_readable(name, value)}" for name, value in numbers.items())
+
+
+def _readable(name: str, value: Any) -> str:
+    if "bytes" in name:
+        return overview.size(value)
+    if "flops" in name:
+        return f"{value / 1e9:.4g} G"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def load_config(name: str, arg: str | None = None) -> ConfigDict:
     """The config of configs/NAME.py."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
@@ -222,31 +295,45 @@ def _cores() -> int:
 
 def main(_: list[str]) -> None:
     options = flags.FLAGS
-    config = options.config if options["config"].value is not None else None
-    if config is not None and "stages" in config:
-        names = config_utils.stage_order(config.stages)
-        config = config.stages[options.stage or names[-1]]
     try:
-        report = measure(options.cases, Path(options.scenes), config, options.images, options.steps)
+        if len(options.compare) > 2:
+            raise ValueError(f"--compare={','.join(options.compare)} must name one file, or an old and a new one")
+        others = [read(file) for file in options.compare]
+        if len(others) == 2:
+            print(compare(others[1], others[0]))
+            return
+        report = measure(
+            options.cases, Path(options.scenes), chosen(options), options.images, options.steps, options.batch
+        )
+        text = json.dumps(report, indent=2)
+        print(text, table(report), sep="\n\n")
+        for old in others:
+            print("", compare(report, old), sep="\n")
+        if options.out:
+            Path(options.out).write_text(text + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n")
-    if options.compare:
-        print(compare(report, json.loads(Path(options.compare).read_text())))
+
+
+def chosen(options: flags.FlagValues) -> ConfigDict | None:
+    """The config of --config and, where it has stages, of --stage or its last; ValueError for an unknown stage."""
+    config = options.config if options["config"].value is not None else None
+    names = config_utils.stage_order(config.stages) if config is not None and "stages" in config else []
+    if options.stage and options.stage not in names:
+        raise ValueError(f"--stage={config_utils.unknown(options.stage, names)}")
+    return config.stages[options.stage or names[-1]] if names else config
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file(
-        "config", None, "Configuration of the case 'train', with :arguments.", lock_config=True
+        "config", None, "Configuration of the cases 'train' and 'predict', with :arguments.", lock_config=True
     )
     flags.DEFINE_list("cases", list(PUBLISHED), f"What to measure, of {', '.join(CASES)}.")
     flags.DEFINE_string("stage", None, "Stage of the config, where it has several; its last one otherwise.")
     flags.DEFINE_string("scenes", "runs/benchmark_scenes", "Folder of the rendered scenes.")
-    flags.DEFINE_integer("images", 192, "Images that an input case reads for each number.")
-    flags.DEFINE_integer("steps", 20, "Training steps.")
+    flags.DEFINE_integer("images", 192, "Images that an input case reads for each number.", lower_bound=1)
+    flags.DEFINE_integer("steps", 20, "Training steps.", lower_bound=1)
+    flags.DEFINE_integer("batch", 1, "Images of a prediction.", lower_bound=1)
     flags.DEFINE_string("out", None, "File for the report.")
-    flags.DEFINE_string("compare", None, "Report to compare with.")
+    flags.DEFINE_list("compare", [], "Report to compare with; or an old and a new one, and nothing is measured.")
     app.run(main, flags_parser=config_utils.parse_flags)

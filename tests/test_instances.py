@@ -45,8 +45,13 @@ def predicted(state, batch):
 
 
 @pytest.fixture(scope="module")
-def decoded(state, batch):
-    return jax.jit(TASK.decode)(state[0], batch)
+def memory(state, batch):
+    return jax.jit(TASK.memory)(state[0], batch["image"])
+
+
+@pytest.fixture(scope="module")
+def decoded(state, memory):
+    return jax.jit(TASK.decode)(state[0], memory)
 
 
 def test_targets_are_the_objects_and_their_masks_codes(state, batch, prepared):
@@ -124,8 +129,8 @@ def test_images_do_not_see_each_other(state, batch, predicted):
             np.testing.assert_allclose(array[i], predicted[name][i], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-def test_soft_input_changes_what_comes_after_the_first_mask_token(state, batch, decoded):
-    a, b = decoded, jax.jit(dataclasses.replace(TASK, soft_input=False).decode)(state[0], batch)
+def test_soft_input_changes_what_comes_after_the_first_mask_token(state, memory, decoded):
+    a, b = decoded, jax.jit(dataclasses.replace(TASK, soft_input=False).decode)(state[0], memory)
     np.testing.assert_array_equal(a.tokens[:, 0, : LABEL + 1], b.tokens[:, 0, : LABEL + 1])
     np.testing.assert_allclose(a.scores[:, 0], b.scores[:, 0], rtol=1e-5)
     change = np.abs(a.mask_logits - b.mask_logits).max((0, -1))

@@ -153,7 +153,8 @@ def test_auxiliary_loss_is_a_switch_of_the_loss(state, batch, logits):
 
 def test_soft_input_changes_what_comes_after_the_first_token(state, batch):
     frozen, soft, hard = state[0], TASK, dataclasses.replace(TASK, soft_input=False)
-    a, b = (jax.jit(task.decode)(frozen, batch["image"]).logits for task in (soft, hard))
+    memory = jax.jit(soft.memory)(frozen, batch["image"])
+    a, b = (jax.jit(task.decode)(frozen, memory).logits for task in (soft, hard))
     np.testing.assert_allclose(a[:, 0], b[:, 0], rtol=1e-5, atol=1e-5)
     assert (np.abs(a - b).max(-1)[:, 1:] > 1e-3).all()
 

@@ -180,18 +180,16 @@ class DepthTask:
         """
 
         def square(images_BHWC):
-            decoded = self.decode(params, images_BHWC)
-            if self.soft_detokenize:
-                depth = self._soft_map(model_state, decoded.logits)
-            else:
-                depth = self._tokenizer(model_state, "decode", self._to_grid(decoded.tokens))[..., 0]
-            return {"depth": depth, "confidence": self._confidence(model_state, decoded.logits)}
+            return self.detokenize(model_state, self.decode(params, self.memory(params, images_BHWC)))
 
         return geometry.predict_windows(square, batch["image"], flip=self.flip, min_value=MIN_DEPTH)
 
-    def decode(self, params: Tree, images_BHWC: jax.Array) -> Decoded:
-        """Greedy depth tokens of square images [B,S,S,3] in 0..1, relative to the depth window, and their logits."""
-        memory = solving.memory(self.solver, params, self._scaled(images_BHWC))
+    def memory(self, params: Tree, images_BHWC: jax.Array) -> list:
+        """Keys and values of square images [B,S,S,3] in 0..1 for every decoder layer."""
+        return solving.memory(self.solver, params, self._scaled(images_BHWC))
+
+    def decode(self, params: Tree, memory: list) -> Decoded:
+        """Greedy depth tokens of the images in `memory`, relative to the depth window, and their logits."""
         return decode(
             self.solver.transformer,
             params["transformer"],
@@ -201,6 +199,14 @@ class DepthTask:
             window=self.vocabulary.depth_codes,
             soft_input=self.soft_input,
         )
+
+    def detokenize(self, model_state: Tree, decoded: Decoded) -> dict[str, jax.Array]:
+        """`depth` and `confidence` f32[B,S,S] of square images, as `predict` returns them."""
+        if self.soft_detokenize:
+            depth = self._soft_map(model_state, decoded.logits)
+        else:
+            depth = self._tokenizer(model_state, "decode", self._to_grid(decoded.tokens))[..., 0]
+        return {"depth": depth, "confidence": self._confidence(model_state, decoded.logits)}
 
     def _scaled(self, images_BHWC: jax.Array) -> jax.Array:
         images = solving.normalize(images_BHWC) if self.normalize_image else images_BHWC

@@ -218,7 +218,15 @@ class InstancesTask:
             0..1; masks f32[B,N,64,64] over the box, about 0..1 (not for detection); valid bool[B,N], False for what
             an early exit leaves out, whose other entries mean nothing.
         """
-        decoded = self.decode(params, batch)
+        memory = self.memory(params, batch["image"])
+        return self.detokenize(model_state, self.decode(params, memory, batch.get("id")))
+
+    def memory(self, params: Tree, images_BHWC: jax.Array) -> list:
+        """Keys and values of padded images [B,S,S,3] in 0..1 for every decoder layer."""
+        return solving.memory(self.solver, params, solving.normalize(images_BHWC))
+
+    def detokenize(self, model_state: Tree, decoded: DecodedObjects) -> dict[str, jax.Array]:
+        """The objects of decoded tokens, as `predict` returns them."""
         vocabulary, slot = self.vocabulary, sequences.CLASS_SLOT
         tokens_BNL = decoded.tokens
         outputs = {
@@ -243,17 +251,16 @@ class InstancesTask:
         finished_BN = jax.lax.cummax((order_1N - last_real_BN >= self.early_exit).astype(jnp.int32), axis=1)
         return jnp.pad(finished_BN, ((0, 0), (1, 0)))[:, :-1] == 0
 
-    def decode(self, params: Tree, batch: Batch) -> DecodedObjects:
-        """Tokens of the objects in padded images [B,S,S,3] in 0..1; `id` int32[B] seeds sampling."""
-        images = batch["image"]
+    def decode(self, params: Tree, memory: list, ids_B: jax.Array | None = None) -> DecodedObjects:
+        """Tokens of the objects in the images of `memory`; `ids_B` int32[B], by default 0, 1, ..., seeds sampling."""
         rngs_B = None
         if self.top_p:
-            ids_B = batch.get("id", jnp.arange(images.shape[0]))
+            ids_B = jnp.arange(memory[0][0].shape[0]) if ids_B is None else ids_B
             rngs_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), ids_B)
         return decode_objects(
             self.solver.transformer,
             params["transformer"],
-            solving.memory(self.solver, params, solving.normalize(images)),
+            memory,
             self.vocabulary,
             task=self.task_id,
             num_objects=self.num_objects,

@@ -102,6 +102,7 @@ def test_inference(case, tree, task):
     windows = jnp.concatenate([windows, windows[:, :, ::-1]])
     features = task.solver.apply({"params": tree["params"]}, windows[:1], method="features")
     cases.check(features, cases.nhwc(case["out/test_feat"]))
-    cases.check(jax.jit(task.decode)(tree["params"], windows).logits, case["out/test_steplogits"])
+    decoded = jax.jit(lambda params, images: task.decode(params, task.memory(params, images)))(tree["params"], windows)
+    cases.check(decoded.logits, case["out/test_steplogits"])
     depth = jax.jit(task.predict)(tree["params"], tree["model_state"], {"image": image})["depth"]
     cases.check(depth, case["out/test_depth"])

@@ -1,0 +1,115 @@
+"""Latency of prediction, as a whole and in parts: the case `predict` of `benchmark.py`."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import roofline
+from ml_collections import ConfigDict
+
+from aitok_jax import tasks
+from aitok_jax.models.swin_v2 import INIT_STD
+
+
+class Program(NamedTuple):
+    """A compiled program, and what running it on one input has shown."""
+
+    jaxpr: Any
+    compile_s: float
+    latency_s: float  # the median
+    runs: int
+    result: Any
+
+    def numbers(self, while_steps: int | None, matmul: float) -> dict[str, float]:
+        rating = roofline.rating(roofline.flops(self.jaxpr, while_steps), self.latency_s, matmul)
+        return {"compile_s": self.compile_s, "latency_s": self.latency_s, "runs": self.runs, **rating}
+
+
+def prediction(config: ConfigDict, batch_size: int) -> dict[str, Any]:
+    """Of `task.predict`, with random weights, on `batch_size` random square images; of a joint task for each part.
+
+    The whole is one program. Its parts are compiled by themselves too: `memory` (backbone and encoder), `decode` (all
+    tokens) and `detokenize`; of a tokenizer `encode` and `decode`. `tokens` is the number that an image has, and
+    `ms_per_token` a solver's time for one position of `decode`, in all rows of the batch at once; where depth is
+    averaged with mirror images, these are rows of their own.
+
+    Raises:
+      ValueError: a batch size below 1, or a task that cannot be built.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch={batch_size} must be at least 1")
+    task = tasks.build(config.task)
+    joint = hasattr(task, "parts")
+    parts = task.parts if joint else {config.name: task}
+    batches = {name: random_batch(part.image_size, batch_size) for name, part in parts.items()}
+    shapes = jax.eval_shape(task.init, jax.random.key(0), batches if joint else batches[config.name])
+    weights = jax.device_put(random_weights(shapes))
+    timed = {name: _timed_parts(part, *weights, batches[name]) for name, part in parts.items()}
+    peak = roofline.peak_memory()
+    dtype = roofline.compute_dtype(task)
+    rates = roofline.matmul_rates(jax.devices()[:1], dtype)
+    each = {name: _numbers(programs, batch_size, rates[dtype]) for name, programs in timed.items()}
+    shared = {"batch_size": batch_size, "peak_memory": peak, "matmul_flops_per_s": rates}
+    return shared | (each if joint else each[config.name])
+
+
+def random_batch(size: int, count: int) -> dict[str, np.ndarray]:
+    """What any task predicts from, all of it random: images and masks in 0..1, depth up to 10 m."""
+    rng = np.random.default_rng(0)
+    maps = rng.random((count, size, size), np.float32)
+    images = rng.random((count, size, size, 3), np.float32)
+    return {"image": images, "depth": 10 * maps, "instance": maps, "id": np.arange(count, dtype=np.int32)}
+
+
+def random_weights(shapes: Any) -> Any:
+    """Arrays of these shapes and dtypes, normal with the published standard deviation of 0.02, without compiling."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: (INIT_STD * rng.standard_normal(x.shape, np.float32)).astype(x.dtype), shapes)
+
+
+def _timed_parts(task: Any, params: Any, model_state: Any, batch: dict[str, np.ndarray]) -> dict[str, Program]:
+    """The parts of a prediction, each of what the one before gives, and the `whole`."""
+    if hasattr(task, "solver"):
+        given = batch["image"]
+        if getattr(task, "flip", False):
+            given = np.concatenate([given, given[:, :, ::-1]])
+        steps = {"memory": (task.memory, params), "decode": (task.decode, params)}
+        steps["detokenize"] = (task.detokenize, model_state)
+    else:
+        given = batch["depth" if task.evaluator == "depth" else "instance"][..., None]
+        variables = {"params": params, **model_state}
+        steps = {
+            name: (functools.partial(task.tokenizer.apply, method=name), variables) for name in ("encode", "decode")
+        }
+    programs = {}
+    for name, (function, weights) in steps.items():
+        programs[name] = _timed(function, weights, given)
+        given = programs[name].result
+    return programs | {"whole": _timed(task.predict, params, model_state, batch)}
+
+
+def _timed(function: Callable[..., Any], *args: Any) -> Program:
+    args = jax.device_put(args)
+    started = time.perf_counter()
+    traced = jax.jit(function).trace(*args)
+    compiled = traced.lower().compile()
+    compile_s = time.perf_counter() - started
+    latency_s, runs = roofline.median_seconds(lambda: compiled(*args))
+    return Program(traced.jaxpr, compile_s, latency_s, runs, compiled(*args))
+
+
+def _numbers(programs: dict[str, Program], batch_size: int, matmul: float) -> dict[str, Any]:
+    if "memory" in programs:
+        decoded = programs["decode"].result
+        steps = getattr(decoded, "steps", None)  # of a loop that may end early
+        tokens = decoded.tokens.shape[1] if steps is None else int(steps)
+        per_token = {"ms_per_token": 1e3 * programs["decode"].latency_s / tokens}
+    else:
+        tokens, per_token = int(np.prod(programs["encode"].result.shape[1:])), {}
+    numbers = {name: program.numbers(tokens, matmul) for name, program in programs.items()}
+    whole = numbers.pop("whole")
+    rate = {"images_per_s": batch_size / whole["latency_s"], "tokens": tokens, **per_token}
+    return whole | rate | {"parts": numbers}
