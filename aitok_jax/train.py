@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
@@ -27,7 +28,7 @@ from aitok_jax.train_state import TrainState
 
 LOG = logging.getLogger(__name__)
 Batch = dict[str, jax.Array]
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[[TrainState, Batch, np.ndarray], tuple[TrainState, dict[str, jax.Array]]]
 _INIT = 2**32 - 1  # stands for the step in the randomness of the initial parameters
 
 
@@ -58,7 +59,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         with run.folder.logging(start, sum(run.each("batch_size").values())):
             if start < config.train_steps:
                 run.folder.remove("metrics.json")  # of a shorter run; while it is there, a stage counts as finished
-                step = _compile(make_step(run, optimizer, shardings), state, example)
+                step = _compile(make_step(run, optimizer, shardings), state, example, random_key(config))
                 state = _loop(run, manager, step, state, batches)
             metrics = evaluate_all(run, state.inference_params, state.model_state)
             _record(run, state, metrics)
@@ -104,8 +105,8 @@ def restore_or_init(
 ) -> tuple[TrainState, TrainState]:
     """The state on its devices, from the latest checkpoint or new, and its shardings."""
 
-    def init(batch):
-        rng = jax.random.fold_in(jax.random.key(run.config.seed), _INIT)
+    def init(batch, key):
+        rng = jax.random.fold_in(jax.random.wrap_key_data(key), _INIT)
         params, model_state = run.task.init(rng, batch)
         return {"params": params, "model_state": model_state}
 
@@ -113,7 +114,8 @@ def restore_or_init(
         ema_decay = run.config.get("ema_decay", 0.0)
         return TrainState.create(variables["params"], variables["model_state"], optimizer, ema_decay)
 
-    abstract = jax.eval_shape(lambda batch: create(init(batch)), example)
+    key = random_key(run.config)
+    abstract = jax.eval_shape(lambda batch: create(init(batch, key)), example)
     shardings = sharding.state_shardings(abstract, run.mesh)
     LOG.info("parameters:\n%s", overview.parameter_table(abstract.params, shardings.params))
     LOG.info("on each device: %s", overview.describe(overview.state_memory(abstract, shardings)))
@@ -121,7 +123,7 @@ def restore_or_init(
     state = checkpoint.restore_latest(manager, target, run.config)
     if state is None:
         parts = {"params": shardings.params, "model_state": shardings.model_state}
-        variables = warm_start.start_from(jax.jit(init, out_shardings=parts)(example), run.config)
+        variables = warm_start.start_from(jax.jit(init, out_shardings=parts)(example, key), run.config)
         state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(_put(variables, parts))
     return state, shardings
 
@@ -138,14 +140,14 @@ def _put(tree: Any, shardings: Any) -> Any:
 
 
 def make_step(run: Run, optimizer: optax.GradientTransformation, shardings: TrainState) -> Step:
-    """The jitted step (state, batch) -> (state, metrics). The state given in is donated."""
+    """The jitted step (state, batch, `random_key`) -> (state, metrics). The state given in is donated."""
     schedule = optim.make_schedule(run.config.optim, run.config.train_steps)
     ema_decay = run.config.get("ema_decay", 0.0)
     micro_batches = run.config.get("accumulate", 1)
     gradient = accumulate.value_and_grad(run.task, micro_batches, run.mesh, shardings.params)
 
-    def step(state, batch):
-        rng = jax.random.fold_in(jax.random.key(run.config.seed), state.step)
+    def step(state, batch, key):
+        rng = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
         (loss, (metrics, model_state)), grads = gradient(state.params, state.model_state, batch, rng)
         own = {"loss": loss, "learning_rate": schedule(state.step), "grad_norm": optax.global_norm(grads)}
         return state.apply_gradients(grads, model_state, optimizer, ema_decay), metrics | own
@@ -153,14 +155,19 @@ def make_step(run: Run, optimizer: optax.GradientTransformation, shardings: Trai
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, sharding.batch_sharding(run.mesh)),
+        in_shardings=(shardings, sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)),
         out_shardings=(shardings, sharding.replicated(run.mesh)),
     )
 
 
-def _compile(step: Any, state: TrainState, example: Batch) -> Step:
+def random_key(config: ConfigDict) -> np.ndarray:
+    """What `seed` stands for; an argument of the compiled programs, so that runs of all seeds share them."""
+    return np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+
+
+def _compile(step: Any, state: TrainState, example: Batch, key: np.ndarray) -> Step:
     started = time.perf_counter()
-    compiled = step.lower(state, example).compile()
+    compiled = step.lower(state, example, key).compile()
     seconds, memory = time.perf_counter() - started, overview.describe(overview.step_memory(compiled))
     LOG.info("training step compiled in %.1f s; on each device: %s", seconds, memory)
     return compiled
@@ -177,13 +184,13 @@ def _loop(
     """
     config, start, last = run.config, int(state.step), run.config.train_steps
     hidden = jax.process_index() != 0
-    waiting, before = None, {}
+    waiting, before, key = None, {}, random_key(config)
     progress = tqdm(desc=config.name, unit="step", initial=start, total=last, disable=hidden)
     with progress as bar, preemption.deferred():
         if start and _due(start, config.eval_every):
             _evaluate_between(run, manager, state)
         for number in range(start + 1, last + 1):
-            state, metrics = step(state, sharding.shard_batch(next(batches), run.mesh))
+            state, metrics = step(state, sharding.shard_batch(next(batches), run.mesh), key)
             jax.block_until_ready(before)
             before = metrics
             bar.update()

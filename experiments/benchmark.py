@@ -24,7 +24,6 @@ process's). Compiled programs are not taken from a cache.
 same process: the roofline.
 """
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -41,6 +40,7 @@ import jax
 import latency
 import numpy as np
 import roofline
+import setups
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
@@ -105,7 +105,7 @@ def measure_case(
     scenes.ensure(folder, train=FRAMES, test=1, height=HEIGHT, width=WIDTH, workers=os.cpu_count() or 1)
     if case == "train":
         return {"config": config.name, **training(on_scenes(config, folder), steps)}
-    published = on_scenes(load_config(PUBLISHED[case]), folder)
+    published = on_scenes(setups.load(PUBLISHED[case]).get_config(), folder)
     numbers = reading(pipeline.build(published.data), published.batch_size, images)
     return numbers | {"peak_memory": roofline.peak_memory()}
 
@@ -166,13 +166,14 @@ def training(config: ConfigDict, steps: int) -> dict[str, Any]:
         batches, example = train.first_batches(run, 0)
         with checkpoint.open_manager(folder) as manager:
             state, shardings = train.restore_or_init(run, manager, optimizer, example)
+        key = train.random_key(config)
         started = time.perf_counter()
-        traced = train.make_step(run, optimizer, shardings).trace(state, example)
+        traced = train.make_step(run, optimizer, shardings).trace(state, example, key)
         step = traced.lower().compile()
         compile_s = time.perf_counter() - started
         memory = overview.step_memory(step)
-        state, alone = _alone(step, state, example, steps)
-        loop, waiting, placing = _loop(run, step, state, batches, steps)
+        state, alone = _alone(step, state, (example, key), steps)
+        loop, waiting, placing = _loop(run, step, state, batches, key, steps)
     images = sum(run.each("batch_size").values())
     peak, dtype = roofline.peak_memory(), roofline.compute_dtype(run.task)
     rates = roofline.matmul_rates(run.mesh.devices.flatten().tolist(), dtype)
@@ -191,18 +192,18 @@ def training(config: ConfigDict, steps: int) -> dict[str, Any]:
     }
 
 
-def _alone(step: Any, state: Any, batch: Any, steps: int) -> tuple[Any, float]:
-    """The state after, and the seconds of a step on a batch that is on the devices."""
+def _alone(step: Any, state: Any, inputs: tuple, steps: int) -> tuple[Any, float]:
+    """The state after, and the seconds of a step on a batch (with its key) that is on the devices."""
     for number in range(WARM_UP + steps):
         if number == WARM_UP:
             jax.block_until_ready(state)
             started = time.perf_counter()
-        state, _ = step(state, batch)
+        state, _ = step(state, *inputs)
         jax.block_until_ready(state)
     return state, (time.perf_counter() - started) / steps
 
 
-def _loop(run: Any, step: Any, state: Any, batches: Iterator, steps: int) -> tuple[float, float, float]:
+def _loop(run: Any, step: Any, state: Any, batches: Iterator, key: Any, steps: int) -> tuple[float, float, float]:
     """Seconds a step: of the loop as `train` has it, of that waiting for a batch, of that handing it to the devices."""
     waiting = placing = 0.0
     before: Any = {}
@@ -215,7 +216,7 @@ def _loop(run: Any, step: Any, state: Any, batches: Iterator, steps: int) -> tup
         got = time.perf_counter()
         placed = sharding.shard_batch(batch, run.mesh)
         waiting, placing = waiting + got - asked, placing + time.perf_counter() - got
-        state, metrics = step(state, placed)
+        state, metrics = step(state, placed, key)
         jax.block_until_ready(before)
         before = metrics
     jax.block_until_ready(before)
@@ -255,14 +256,6 @@ def _readable(name: str, value: Any) -> str:
     if "flops" in name:
         return f"{value / 1e9:.4g} G"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def load_config(name: str, arg: str | None = None) -> ConfigDict:
-    """The config of configs/NAME.py."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
 
 
 def on_scenes(config: ConfigDict, folder: Path) -> ConfigDict:

@@ -18,6 +18,8 @@ STEPS = {"depth_tokenizer": 600, "mask_tokenizer": 1000, "detection": 2000}
 STEPS |= {"depth": 500, "instances": 1000, "joint": 1000}
 BUDGET = {"scenes": 6000, "test_scenes": 300, "eval_batch_size": 50, "log_every": 50} | STEPS
 SMOKE = {"scenes": 16, "test_scenes": 4, "eval_batch_size": 4, "log_every": 1} | dict.fromkeys(STEPS, 2)
+ENCODER = ("stem_ln", "input_proj", "encoder", "encout_ln", "proj", "proj_ln", "proj_mlp_ln", "proj_mlp")
+IMAGE_ENCODER = ("params/backbone", *(f"params/transformer/{name}" for name in ENCODER))  # all that knows no token
 NO_CODES = {"num_mask_codes": 0, "num_depth_codes": 0}
 
 
@@ -79,7 +81,7 @@ def scenes(smoke: bool = False) -> dict[str, ConfigDict]:
     each["bins"] = ConfigDict(each["depth"].to_dict())
     each["bins"].task.tokenizer = bins
     each["detection"].task.name = "instances"  # without masks
-    return _start(each, {"params/backbone": "builtin"})
+    return _start(each, dict.fromkeys(IMAGE_ENCODER, "builtin"))
 
 
 def published(smoke: bool = False) -> dict[str, ConfigDict]:

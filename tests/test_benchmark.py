@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark
 import jax
@@ -42,12 +43,11 @@ def test_every_case_is_reported(tmp_path, monkeypatch):
     config.task.tokenizer.hidden, config.batch_size, config.eval_batch_size = 4, 8, 8
 
     def small(name):
-        published = load(name)
+        published = configs.load(name)
         published.batch_size, published.data.size = 2, 48
-        return published
+        return SimpleNamespace(get_config=lambda: published)
 
-    load = benchmark.load_config
-    monkeypatch.setattr(benchmark, "load_config", small)
+    monkeypatch.setattr(benchmark.setups, "load", small)
     for name, value in {"FRAMES": 3, "HEIGHT": 64, "WIDTH": 80}.items():
         monkeypatch.setattr(benchmark, name, value)
     options = {"images": 6, "steps": 2, "batch": 3}

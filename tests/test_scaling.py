@@ -76,7 +76,7 @@ def losses(run, start):
     state = jax.device_put(jax.tree.map(jnp.array, start), shardings)
     step, values = train.make_step(run, optimizer, shardings), []
     for number in range(STEPS):
-        state, metrics = step(state, sharding.shard_batch(batch(number), run.mesh))
+        state, metrics = step(state, sharding.shard_batch(batch(number), run.mesh), train.random_key(run.config))
         values.append(float(metrics["loss"]))
     return np.array(values), state
 
