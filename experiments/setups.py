@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from tables import LENGTH
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-STEPS = {"depth_tokenizer": 600, "mask_tokenizer": 1000, "detection": 2000}
-STEPS |= {"depth": 500, "instances": 1000, "joint": 1000}
+STEPS = {"depth_tokenizer": 600, "mask_tokenizer": 1000, "detection": 1500}
+STEPS |= {"depth": 400, "instances": 500, "joint": 500}
 BUDGET = {"scenes": 6000, "test_scenes": 300, "eval_batch_size": 50, "log_every": 50} | STEPS
 SMOKE = {"scenes": 16, "test_scenes": 4, "eval_batch_size": 4, "log_every": 1} | dict.fromkeys(STEPS, 2)
 ENCODER = ("stem_ln", "input_proj", "encoder", "encout_ln", "proj", "proj_ln", "proj_mlp_ln", "proj_mlp")
@@ -48,9 +48,10 @@ def scenes(smoke: bool = False) -> dict[str, ConfigDict]:
         fields = {"size": small.SIZE, "num_objects": small.OBJECTS, "jitter": (1.0, 1.0), "order": "left_to_right"}
         return {**small.object_data("coco", budget), **fields, "mask_size": mask_size}
 
-    def run(name, task, data, batch_size, **start_from):
+    def run(name, task, data, batch_size):
         config = ConfigDict(small.stage(name, {"name": name, **task}, data, batch_size, budget))
-        config.start_from = {f"{prefix.replace('__', '/')}": path for prefix, path in start_from.items()}
+        config.ema_decay = min(config.ema_decay, 0.98)  # remembers 50 steps
+        config.checkpoint_every = 200
         return config
 
     depth_data = small.depth_data("solver", budget)
