@@ -1,6 +1,8 @@
 """Every test sees eight simulated CPU devices, and rank promotion is an error.
 
-What one test has compiled, another takes from a folder that all workers and processes of the session share.
+What one test has compiled, another takes from a folder that all workers and processes of the session share. Compiling
+is most of the tests' time, so it is done without the optimizations that cost most, but where numbers are compared with
+the published system's and in files marked `optimized`. Programs that a test starts are compiled as for a user.
 """
 
 import atexit
@@ -23,6 +25,12 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = Path(os.environ.get("AITOK_SHARED_DIR", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    optimized = request.path.parent.name == "parity" or request.node.get_closest_marker("optimized")
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture(scope="session")

@@ -84,10 +84,8 @@ def two(config_file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The run directory and metrics of this process with its eight devices."""
-    jax.config.update("jax_disable_most_optimizations", True)
     workdir = tmp_path_factory.mktemp("one")
-    yield workdir, main.run(ConfigDict(json.loads(config_utils.to_json(small_config()))), workdir)
-    jax.config.update("jax_disable_most_optimizations", False)
+    return workdir, main.run(ConfigDict(json.loads(config_utils.to_json(small_config()))), workdir)
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "depth"])
