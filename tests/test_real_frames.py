@@ -9,7 +9,7 @@ pytestmark = pytest.mark.optimized
 
 
 def test_tokenizer_on_the_real_frames(nyu_frames, tmp_path):
-    """The published layout, crops and evaluation; a short run nearly halves the RMSE, which is 3.42 m after one step."""
+    """The published layout, crops and evaluation; a short run nearly halves the RMSE, 3.42 m after one step."""
     data = tmp_path / "nyu"
     data.mkdir()
     for scene in nyu_frames.iterdir():
