@@ -1,6 +1,8 @@
 """Every test sees eight simulated CPU devices, and rank promotion is an error.
 
-What one test has compiled, another takes from a folder that all workers and processes of the session share.
+What one test has compiled, another takes from a folder that all workers and processes of the session share. Compiling
+is most of the tests' time, so it is done without the optimizations that cost most, but where numbers are compared with
+the published system's and in files marked `optimized`.
 """
 
 import atexit
@@ -23,6 +25,30 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = Path(os.environ.get("AITOK_SHARED_DIR", Path(__file__).parents[2] / "shared"))
+# Files that take longest come first, so that at the end no worker waits for another
+LONGEST = (
+    "end_to_end",
+    "joint_run",
+    "e2e_depth",
+    "notebooks",
+    "multihost",
+    "real_masks",
+    "swin_v2",
+    "scaling",
+    "tasks",
+)
+LONGEST += ("real_frames", "interruptions", "e2e_joint", "export", "joint", "train", "instances_loss")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    optimized = request.path.parent.name == "parity" or request.node.get_closest_marker("optimized")
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture(scope="session")

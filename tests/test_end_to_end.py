@@ -19,13 +19,13 @@ def small_quickstart(arg="smoke"):
         sizes = {"depth": 8, "instances": 8} if name == "joint" else 8
         stage.update({"batch_size": sizes, "eval_batch_size": sizes})
         for data in stage.data.values() if name == "joint" else [stage.data]:
-            data.render.train, data.render.test = 24, 8
+            data.render.train, data.render.test = 24, 4
         task = stage.task
         for part in (task.depth, task.instances) if name == "joint" else (task,):
             part.tokenizer.hidden = 4
         if "tokenizer" not in name:
             shared = task.shared if name == "joint" else task
-            shared.backbone.stem, shared.backbone.embed_dim = (8, 8, 16), 16
+            shared.backbone.update({"stem": (8, 8, 16), "stem_blocks": 0, "embed_dim": 16})
             shared.transformer.update({"dim": 32, "hidden": 64, "decoder_layers": 1})
     return config
 
@@ -81,10 +81,10 @@ def test_predictor_reads_the_run(quickstart):
 
 
 def test_wrong_tokenizer_is_refused(quickstart, tmp_path):
-    """The checkpoint of another configuration: the code dimension differs."""
+    """The checkpoint of another one: the sizes of its layers differ."""
     workdir, _ = quickstart
     config = config_utils.format_workdir(small_quickstart().stages.joint, str(workdir))
-    config.task.depth.tokenizer.code_dim = 32
+    config.start_from["model_state/depth_tokenizer"] = str(workdir / "mask_tokenizer")
     with pytest.raises(ValueError, match=r"start_from: model_state/depth_tokenizer.* in the source but .* here"):
         train.train(config, tmp_path)
 

@@ -150,9 +150,10 @@ def test_memory_loss_teaches_the_encoder_and_leaves_prediction_alone(state, batc
     (loss, (metrics, _)), gradients = value(params, state[1], batch, jax.random.key(0))
 
     prepared = task.prepare(state[1], batch, jax.random.key(0))
-    memory = task.solver.apply(
-        {"params": state[0]}, prepared.images, method=lambda solver, x: solver.transformer.encode(solver.features(x))
+    encode = functools.partial(
+        task.solver.apply, method=lambda solver, x: solver.transformer.encode(solver.features(x))
     )
+    memory = jax.jit(encode)({"params": state[0]}, prepared.images)
     head = jax.tree.map(np.asarray, params["instances_memory_head"])
     x = (np.asarray(memory) @ head["kernel"] + head["bias"]).reshape(4, 9, 5 + task.mask_tokens, -1)
     logits = task.solver.transformer.apply({"params": state[0]["transformer"]}, x, method="logits")

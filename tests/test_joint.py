@@ -220,7 +220,7 @@ def test_fresh_linear_layers_keep_the_variance_asked_for(batch):
     """Of both backbone and transformer; embeddings, and everything where it is 0, have the published deviation."""
     wide = {**tiny.SHARED, "vocabulary": VOCABULARY, "transformer": {**tiny.SHARED["transformer"], "hidden": 256}}
     fresh = [
-        tasks.build(CONFIG | {"shared": {**wide, **more}}).init(jax.random.key(0), batch)[0]
+        jax.jit(tasks.build(CONFIG | {"shared": {**wide, **more}}).init)(jax.random.key(0), batch)[0]
         for more in ({}, {"init_variance": 0.5})
     ]
     published, scaled = (jax.tree_util.tree_leaves_with_path(params) for params in fresh)

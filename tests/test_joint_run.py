@@ -20,7 +20,7 @@ TOKENIZER = {"hidden": 4, "num_res_blocks": 1, "num_codes": 16, "code_dim": 8}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("joint") / "scenes"
-    scenes.ensure(root, train=24, test=8, height=SIZE, width=SIZE + 16)
+    scenes.ensure(root, train=16, test=4, height=SIZE, width=SIZE + 16)
     return root.parent
 
 
@@ -130,7 +130,7 @@ def test_joint_run_measures_both_tasks(folder, joint):
     assert {"depth/cross_entropy", "depth/silog", "instances/mask_aux", "instances/box_cross_entropy"} <= logged
     panels = [{path.name for path in (folder / "joint" / "panels" / part).iterdir()} for part in ("depth", "instances")]
     assert panels[0] == panels[1]  # of the same images, which is why they lie in two folders
-    assert len(panels[0]) == 8
+    assert len(panels[0]) == 4
 
 
 def test_one_set_of_weights_predicts_both(folder, joint):

@@ -7,6 +7,7 @@ import pytest
 
 COLABS = build_notebooks.COLABS
 FIGURES = {"predict": 4, "tokenizers": 4, "train_tiny": 2}
+SHORTER = {"train_tiny": ("STEPS, SCENES = 300, 1000", "STEPS, SCENES = 20, 60")}  # of what a reader runs
 names = pytest.mark.parametrize("name", FIGURES)
 
 
@@ -35,4 +36,8 @@ def test_the_notebook_is_the_executed_script(name):
 @names
 def test_the_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")  # one device, as a reader has
-    assert _figures(build_notebooks.execute(COLABS / f"{name}.py", tmp_path)) == FIGURES[name]
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    script, (long, short) = (COLABS / f"{name}.py").read_text(), SHORTER.get(name, ("", ""))
+    assert long in script
+    (tmp_path / f"{name}.py").write_text(script.replace(long, short) if long else script)
+    assert _figures(build_notebooks.execute(tmp_path / f"{name}.py", tmp_path)) == FIGURES[name]

@@ -1,11 +1,15 @@
 """The real RGB-D frames, in the published layout."""
 
+import pytest
+
 import configs
 from aitok_jax import train
 
+pytestmark = pytest.mark.optimized
+
 
 def test_tokenizer_on_the_real_frames(nyu_frames, tmp_path):
-    """The published layout, crops and evaluation; a short run halves the tokenizer's RMSE, or nearly so."""
+    """The published layout, crops and evaluation; a short run nearly halves the RMSE, 3.42 m after one step."""
     data = tmp_path / "nyu"
     data.mkdir()
     for scene in nyu_frames.iterdir():
@@ -14,11 +18,5 @@ def test_tokenizer_on_the_real_frames(nyu_frames, tmp_path):
     config.data.root, config.data.train_list, config.data.test_list = str(data), "list.txt", "list.txt"
     config.data.test_subfolder, config.data.cache = "", True
     config.data.size = config.task.image_size = 160
-    config.log_every = 10
-
-    def rmse(steps):
-        config.train_steps = steps
-        return train.train(config, tmp_path / f"run{steps}")["tokenizer/rmse"]
-
-    before, after = rmse(1), rmse(150)
-    assert after < 0.6 * before
+    config.log_every, config.train_steps = 10, 150
+    assert train.train(config, tmp_path / "run")["tokenizer/rmse"] < 2.05

@@ -1,17 +1,21 @@
 """The mask tokenizer on real COCO masks: a short training keeps most of the validation masks' shape."""
 
+import pytest
+
 import configs
 from aitok_jax import train
 
+pytestmark = pytest.mark.optimized
+
 
 def test_mask_tokenizer_keeps_real_masks(coco_subset, tmp_path):
-    """400 steps on the 352 training masks; average precision of the 264 validation masks, of which 4 are crowds."""
+    """250 steps on the 352 training masks; average precision of the 264 validation masks, of which 4 are crowds."""
     config = configs.load("vqvae_mask", "hidden=8,faithful=false")
     config.data.root, config.data.cache = str(coco_subset), True
     config.task.tokenizer.code_dim = 32
-    config.batch_size = config.eval_batch_size = 64
-    config.train_steps, config.eval_every, config.log_every = 400, 0, 200
-    config.optim.learning_rate, config.optim.warmup_steps = 2e-3, 50
+    config.batch_size, config.eval_batch_size = 32, 64
+    config.train_steps, config.eval_every, config.log_every = 250, 0, 50
+    config.optim.learning_rate, config.optim.warmup_steps = 2e-3, 30
     metrics = train.train(config, tmp_path)
     assert metrics["mask_tokenizer/mask_ap"] >= 0.5
     assert metrics["mask_tokenizer/mask_ap50"] >= 0.85

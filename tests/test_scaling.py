@@ -81,16 +81,8 @@ def losses(run, start):
     return np.array(values), state
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiling is nearly all of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module", params=KINDS)
-def reference(request, quick_compilation):
+def reference(request):
     """The kind, the state at the start, and what one device makes of it."""
     run = run_of(request.param, devices=1)
     example, no_checkpoint = sharding.shard_batch(batch(0), run.mesh), SimpleNamespace(all_steps=list)

@@ -141,14 +141,14 @@ def test_stem_blocks_are_residual():
     """A block whose LayerNorm gives zeros changes nothing; it sees its neighbours, beyond the patch."""
     plain, blocks = TINY.clone(stem=(6,)), TINY.clone(stem=(6,), stem_blocks=2)
     image = jnp.asarray(np.random.default_rng(0).normal(size=(1, 24, 40, 3)), jnp.float32)
-    params = blocks.init(jax.random.key(0), image)["params"]
+    params = jax.jit(blocks.init)(jax.random.key(0), image)["params"]
     embed = params["patch_embed"]
     kernels = [embed[name]["kernel"].shape for name in ("stem_0", "stem_1", "stem_2", "proj")]
     assert kernels == [(3, 3, 3, 6), (3, 3, 6, 6), (3, 3, 6, 6), (2, 2, 6, 8)]
     silent = embed | {f"stem_norm_{i}": jax.tree.map(jnp.zeros_like, embed[f"stem_norm_{i}"]) for i in (1, 2)}
     without = {name: value for name, value in embed.items() if name[-2:] not in ("_1", "_2")}
     maps = [
-        module.apply({"params": params | {"patch_embed": chosen}}, image)[0]
+        jax.jit(module.apply)({"params": params | {"patch_embed": chosen}}, image)[0]
         for module, chosen in ((blocks, silent), (plain, without), (blocks, embed))
     ]
     np.testing.assert_allclose(maps[0], maps[1], atol=1e-6)

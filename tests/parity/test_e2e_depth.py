@@ -1,6 +1,7 @@
 """The whole depth system against the published one: losses, gradients, optimiser steps, test-time inference."""
 
 import json
+from functools import partial
 
 import cases
 import jax
@@ -100,7 +101,7 @@ def test_inference(case, tree, task):
     image = cases.nhwc(case["in/test_img"])
     windows = geometry.shifted_windows(jnp.asarray(image), case.hp["shift_window"]["shift_size"])
     windows = jnp.concatenate([windows, windows[:, :, ::-1]])
-    features = task.solver.apply({"params": tree["params"]}, windows[:1], method="features")
+    features = jax.jit(partial(task.solver.apply, method="features"))({"params": tree["params"]}, windows[:1])
     cases.check(features, cases.nhwc(case["out/test_feat"]))
     decoded = jax.jit(lambda params, images: task.decode(params, task.memory(params, images)))(tree["params"], windows)
     cases.check(decoded.logits, case["out/test_steplogits"])
