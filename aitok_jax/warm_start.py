@@ -90,13 +90,15 @@ def start_from(variables: dict, config: ConfigDict) -> dict:
     Raises:
       ValueError: weights that do not fit, or a part of `model_state`, which is never trained, that stays without.
     """
+    sources: dict[str, dict] = {}
     for prefix, path in (config.get("start_from") or {}).items():
         if not path:
             if prefix.startswith("model_state"):
                 raise ValueError(f"start_from: {prefix!r} is never trained; give the run directory of its tokenizer")
             continue
-        _, source = checkpoint.load_inference(path)
-        variables, report = merge(variables, source, prefix)
+        if path not in sources:
+            sources[path] = checkpoint.load_inference(path)[1]
+        variables, report = merge(variables, sources[path], prefix)
         LOG.info("start_from %s <- %s: %s", prefix, path, report)
         if prefix.startswith("model_state") and report.missing:
             raise ValueError(f"start_from: {prefix!r} is never trained, but {path} lacks {', '.join(report.missing)}")

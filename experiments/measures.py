@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from aitok_jax import checkpoint, evaluators, tasks
+from aitok_jax import checkpoint, evaluators, sharding, tasks
 from aitok_jax.data import pipeline
+from aitok_jax.evaluators.base import run_evaluation
 from aitok_jax.models.bins import BinsTokenizer
 from aitok_jax.tasks.base import Batch, Tree, compiled_predict
 
@@ -51,8 +51,11 @@ def measure(config: ConfigDict, weights: Path, scenes: Path) -> dict[str, float]
         size = config.eval_batch_size
         metrics |= evaluators.evaluate(bins, {}, {}, data, batch_size=size, prefix="depth_tokenizer", progress=False)
     if Path(config.data.root) == scenes:
-        _, variables = checkpoint.load_inference(weights)
-        metrics[f"{config.name}/rmse_in_holes"] = rmse_in_holes(task, variables, config)
+        without_holes = ConfigDict(config.data.to_dict())
+        without_holes.test_list = EXACT
+        exact, (_, variables) = pipeline.build(without_holes), checkpoint.load_inference(weights)
+        error = rmse_in_holes(task, variables, data, exact, config.eval_batch_size)
+        metrics[f"{config.name}/rmse_in_holes"] = error
     return metrics
 
 
@@ -61,26 +64,30 @@ def write_exact_list(scenes: Path) -> None:
     (scenes / EXACT).write_text((scenes / "test.txt").read_text().replace("/sync_depth_", "/exact_depth_"))
 
 
-def rmse_in_holes(task: Any, variables: Tree, config: ConfigDict) -> float:
-    """See `measure`; `variables` are {'params', 'model_state'}."""
-    exact = ConfigDict(config.data.to_dict())
-    exact.test_list = EXACT
-    sensor, exact = (pipeline.build(data) for data in (config.data, exact))
-    sizes = {"batch_size": config.eval_batch_size}
-    pairs = zip(
-        pipeline.eval_batches(sensor.eval, sensor.eval_transform, **sizes),
-        pipeline.eval_batches(exact.eval, exact.eval_transform, **sizes),
-        strict=True,
-    )
+def rmse_in_holes(task: Any, variables: Tree, sensor: pipeline.Data, exact: pipeline.Data, batch_size: int) -> float:
+    """See `measure`: of predictions from `sensor`, which has holes, against `exact`, which has none."""
+    mesh = sharding.make_mesh()
+    variables = jax.device_put(variables, sharding.state_shardings(variables, mesh))
     predict, errors = compiled_predict(task), []
-    for batch, true in pairs:
-        depth = predict(variables["params"], variables["model_state"], batch)["depth"]
-        errors += list(_errors(depth, batch["depth"], true["depth"])[batch["mask"] > 0])
+    steps = run_evaluation(
+        lambda batch: predict(variables["params"], variables["model_state"], batch)["depth"],
+        sensor,
+        batch_size=batch_size,
+        mesh=mesh,
+        label="holes",
+        progress=False,
+    )
+    truths = pipeline.eval_batches(exact.eval, exact.eval_transform, batch_size=batch_size)
+    for (batch, depth), truth in zip(steps, truths, strict=True):
+        errors += list(
+            _errors(*map(np.asarray, (depth, batch["depth"], truth["depth"])))[np.asarray(batch["mask"]) > 0]
+        )
     return float(np.nanmean(errors))
 
 
-def _errors(depth_BHW: jax.Array, sensor_BHW: Any, exact_BHW: Any) -> np.ndarray:
+def _errors(depth_BHW: np.ndarray, sensor_BHW: np.ndarray, exact_BHW: np.ndarray) -> np.ndarray:
     """f32[B], nan where the sensor lost no pixel."""
     holes_BHW = (sensor_BHW == 0) & (exact_BHW > 0)
-    squares = jnp.sum(jnp.where(holes_BHW, (depth_BHW - exact_BHW) ** 2, 0), (1, 2))
-    return np.asarray(jnp.sqrt(squares / jnp.sum(holes_BHW, (1, 2))))
+    squares = np.sum((depth_BHW - exact_BHW) ** 2, axis=(1, 2), where=holes_BHW)
+    count = holes_BHW.sum((1, 2))
+    return np.sqrt(np.where(count, squares / np.maximum(count, 1), np.nan))

@@ -172,6 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     if jax.config.jax_compilation_cache_dir is None:  # rows of other seeds run the same programs
         cache = options.workdir / "compiled" / platform.node()  # code for one CPU may not run on another
         jax.config.update("jax_compilation_cache_dir", str(cache.resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if options.smoke:
+        jax.config.update("jax_disable_most_optimizations", True)  # nearly all of the time is compilation
     try:
         plan, setups = planned(options)
         failed = []
