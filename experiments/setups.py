@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS = {"depth_tokenizer": 600, "mask_tokenizer": 1000, "detection": 1500}
 STEPS |= {"depth": 400, "instances": 500, "joint": 500}
 BUDGET = {"scenes": 6000, "test_scenes": 300, "eval_batch_size": 50, "log_every": 50} | STEPS
-SMOKE = {"scenes": 16, "test_scenes": 4, "eval_batch_size": 4, "log_every": 1} | dict.fromkeys(STEPS, 2)
+SMOKE = {"scenes": 16, "test_scenes": 2, "eval_batch_size": 2, "log_every": 1} | dict.fromkeys(STEPS, 2)
 ENCODER = ("stem_ln", "input_proj", "encoder", "encout_ln", "proj", "proj_ln", "proj_mlp_ln", "proj_mlp")
 IMAGE_ENCODER = ("params/backbone", *(f"params/transformer/{name}" for name in ENCODER))  # all that knows no token
 NO_CODES = {"num_mask_codes": 0, "num_depth_codes": 0}
@@ -32,7 +32,7 @@ def load(name: str) -> ModuleType:
 
 
 def scenes(smoke: bool = False) -> dict[str, ConfigDict]:
-    """The built-in scenes of configs/quickstart.py; `smoke` takes two steps of each run."""
+    """The built-in scenes of configs/quickstart.py; `smoke` takes two steps of each run, with smaller solvers."""
     small, budget = load("quickstart"), SMOKE if smoke else BUDGET
     own = {"memory_weight": 0.0, "soft_input": True, "soft_detokenize": True}  # as published
     depth = {**small.depth_fields(parallel=False), **own, "input_noise": 0.0}
@@ -42,6 +42,9 @@ def scenes(smoke: bool = False) -> dict[str, ConfigDict]:
     def shared(**vocabulary):
         fields = small.shared_fields(parallel=False)
         fields["transformer"]["max_length"] = LENGTH
+        if smoke:  # compiles in half the time
+            fields["transformer"]["decoder_layers"] = 1
+            fields["backbone"] |= {"stem": (), "stem_blocks": 0}
         return {**fields, "vocabulary": {"num_bins": small.SIZE, "num_classes": 9, **vocabulary}}
 
     def object_data(mask_size):
@@ -51,6 +54,7 @@ def scenes(smoke: bool = False) -> dict[str, ConfigDict]:
     def run(name, task, data, batch_size):
         config = ConfigDict(small.stage(name, {"name": name, **task}, data, batch_size, budget))
         config.ema_decay = min(config.ema_decay, 0.98)  # remembers 50 steps
+        config.optim.name = "adamw" if smoke else config.optim.name
         config.checkpoint_every = 200
         return config
 
@@ -82,7 +86,7 @@ def scenes(smoke: bool = False) -> dict[str, ConfigDict]:
     each["bins"] = ConfigDict(each["depth"].to_dict())
     each["bins"].task.tokenizer = bins
     each["detection"].task.name = "instances"  # without masks
-    return _start(each, dict.fromkeys(IMAGE_ENCODER, "builtin"))
+    return _start(each, {} if smoke else dict.fromkeys(IMAGE_ENCODER, "builtin"))
 
 
 def published(smoke: bool = False) -> dict[str, ConfigDict]:
