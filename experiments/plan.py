@@ -40,7 +40,12 @@ class Plan:
 
 
 def make_plan(
-    names: Iterable[str], scale: str, seeds: int, setups: Mapping[str, ConfigDict], backbone: str = ""
+    names: Iterable[str],
+    scale: str,
+    seeds: int,
+    setups: Mapping[str, ConfigDict],
+    available: Iterable[str],
+    backbone: str = "",
 ) -> Plan:
     """Everything that the tables need.
 
@@ -48,7 +53,8 @@ def make_plan(
       names: of TABLES.
       scale: a key of `setups.SCALES`; picks values that differ between scales.
       seeds: how many, from 0.
-      setups: name -> config; rows without any run among them are left out.
+      setups: name -> config.
+      available: names of the set-ups that rows may ask for; rows without any of them are left out.
       backbone: run that published set-ups take their backbone from; '' is random weights.
 
     Raises:
@@ -59,10 +65,8 @@ def make_plan(
         if name not in TABLES:
             raise ValueError(f"--table: {unknown(name, TABLES)}")
         for row in TABLES[name].rows:
-            runs = [run for run in (row.runs or TABLES[name].runs) if run in setups]
-            if not set(row.runs or TABLES[name].runs) & set(setups):
-                continue
-            for seed in range(seeds):
+            runs = [run for run in row.runs or TABLES[name].runs if run in available]
+            for seed in range(seeds if runs else 0):
                 plan.cells[name, row.label, seed] = tuple(planner.add(run, row, seed, plan.jobs) for run in runs)
         if not any(cell[0] == name for cell in plan.cells):
             raise ValueError(f"--table={name} has no row at --scale={scale}; its runs are {TABLES[name].runs}")

@@ -134,7 +134,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--smoke", action="store_true", help="two steps of every run, one seed: does it work at all")
     parser.add_argument("--report_only", action="store_true", help="run nothing, report what is finished")
     parser.add_argument("--backbone", default="", help="weights that the solvers of nyu and coco start from")
-    parser.add_argument("--data", default="", help="root of the data of nyu or coco, in place of data/nyu, data/coco")
+    parser.add_argument("--nyu", default="", help="folder of NYUv2 for the scales nyu and coco; else data/nyu")
+    parser.add_argument("--coco", default="", help="folder of COCO for the scale coco; else data/coco")
     return parser
 
 
@@ -142,17 +143,14 @@ def planned(options: argparse.Namespace) -> tuple[Plan, dict[str, ConfigDict]]:
     """The plan of the command line, and the set-ups of its scale."""
     if options.seeds < 1:
         raise ValueError(f"--seeds={options.seeds} must be at least 1")
-    build, names = SCALES[options.scale]
-    setups = {name: config for name, config in build(options.smoke).items() if name in names}
+    build, available = SCALES[options.scale]
+    setups, seeds = build(options.smoke), 1 if options.smoke else options.seeds
     for config in setups.values():
-        if options.data and "root" in config.data:
-            config.data.root = options.data
-    tables = [name for name in TABLES if _fits(name, names)] if options.table == "all" else options.table.split(",")
-    return make_plan(tables, options.scale, 1 if options.smoke else options.seeds, setups, options.backbone), setups
-
-
-def _fits(table: str, names: tuple[str, ...]) -> bool:
-    return any(set(row.runs or TABLES[table].runs) & set(names) for row in TABLES[table].rows)
+        for data in [config.data] if "root" in config.data else config.data.values():
+            data.root = {"nyu": options.nyu, "coco": options.coco}.get(data.name.partition("_")[0]) or data.root
+    fitting = [name for name, table in TABLES.items() if set(table.runs) & set(available)]
+    tables = fitting if options.table == "all" else options.table.split(",")
+    return make_plan(tables, options.scale, seeds, setups, available, options.backbone), setups
 
 
 def _render(setups: dict[str, ConfigDict], workdir: Path) -> None:

@@ -103,6 +103,7 @@ def published(smoke: bool = False) -> dict[str, ConfigDict]:
         "instances": coco.get_config(),
         "joint": joint.get_config(),
     }
+    each["depth_tokenizer"].name, each["depth_tokenizer"].best_metric = "depth_tokenizer", "depth_tokenizer/rmse"
     return _start(each, {"params/backbone": "{backbone}"})
 
 
@@ -118,8 +119,9 @@ def _start(each: dict[str, ConfigDict], pretrained: dict[str, str]) -> dict[str,
     return each
 
 
-SCALES = {
-    "scenes": (scenes, ("depth_tokenizer", "mask_tokenizer", "detection", "depth", "bins", "instances", "joint")),
+RUNS = ("depth_tokenizer", "mask_tokenizer", "detection", "depth", "bins", "instances", "joint")
+SCALES = {  # the set-ups, and which of them rows may ask for; what those start from comes with them
+    "scenes": (scenes, RUNS),
     "nyu": (published, ("depth_tokenizer", "depth", "bins")),
-    "coco": (published, ("mask_tokenizer", "detection", "instances")),
+    "coco": (published, ("mask_tokenizer", "detection", "instances", "joint")),
 }

@@ -193,7 +193,7 @@ TABLES = {
         (DEPTH, BOX, MASK),
         (
             Row("one a task", published=AIT_DEPTH | AIT_OBJECTS),
-            Row("joint", published=JOINT, runs=("depth_tokenizer", "mask_tokenizer", "joint")),
+            Row("joint", published=JOINT, runs=("joint",)),
         ),
         "one a task",
     ),

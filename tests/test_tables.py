@@ -27,13 +27,12 @@ ARGUMENTS = {
 }
 
 
-def at(scale, smoke=False):
-    build, names = setups.SCALES[scale]
-    return {name: config for name, config in build(smoke).items() if name in names}
+def at(scale):
+    return setups.SCALES[scale][0]()
 
 
 def planned(*names, seeds=1, scale="scenes"):
-    return plan.make_plan(names or tables.TABLES, scale, seeds, at(scale))
+    return plan.make_plan(names or tables.TABLES, scale, seeds, at(scale), setups.SCALES[scale][1])
 
 
 def batch(task):
@@ -77,7 +76,7 @@ def test_published_setups_build(name):
 
 @pytest.mark.parametrize("scale", setups.SCALES)
 def test_every_run_fits_what_it_starts_from(scale):
-    names = [name for name, table in tables.TABLES.items() if set(table.runs) & set(at(scale))]
+    names = [name for name, table in tables.TABLES.items() if set(table.runs) & set(setups.SCALES[scale][1])]
     jobs, made = planned(*names, scale=scale).jobs, {"builtin": checkpoint.load_inference("builtin")[1]}
     for folder, job in jobs.items():
         shallow(job.config.task)
@@ -125,6 +124,21 @@ def test_uses_of_inference_are_evaluated_on_the_same_weights():
         "auxiliary loss": (False, False, True),
         "all": (True, True, True),
     }
+
+
+def test_the_joint_model_of_coco_brings_its_depth_tokenizer():
+    folders = planned("10", scale="coco").cells["10", "joint", 0]
+    assert [folder.partition("-")[0] for folder in folders] == ["joint"]
+    names = {job.config.name for job in planned("10", scale="coco").jobs.values()}
+    assert names == {"mask_tokenizer", "detection", "instances", "depth_tokenizer", "joint"}
+
+
+@pytest.mark.parametrize("scale", setups.SCALES)
+def test_runs_have_the_names_that_the_columns_ask_for(scale):
+    """Metrics begin with the name of the config."""
+    for name, config in at(scale).items():
+        assert config.name == {"bins": "depth"}.get(name, name)
+        assert config.best_metric.partition("/")[0] in ("", config.name, "instances")
 
 
 def test_jobs_come_after_those_they_need():
