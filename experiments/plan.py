@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -40,14 +41,14 @@ class Plan:
 
 
 def make_plan(
-    names: Iterable[str],
+    names: Sequence[str],
     scale: str,
     seeds: int,
     setups: Mapping[str, ConfigDict],
-    available: Iterable[str],
+    available: Collection[str],
     backbone: str = "",
 ) -> Plan:
-    """Everything that the tables need.
+    """Everything that the tables need; all of the first seed comes first.
 
     Args:
       names: of TABLES.
@@ -64,12 +65,13 @@ def make_plan(
     for name in names:
         if name not in TABLES:
             raise ValueError(f"--table: {unknown(name, TABLES)}")
+        if not any(set(row.runs or TABLES[name].runs) & set(available) for row in TABLES[name].rows):
+            raise ValueError(f"--table={name} has no row at --scale={scale}; its runs are {TABLES[name].runs}")
+    for seed, name in itertools.product(range(seeds), names):
         for row in TABLES[name].rows:
             runs = [run for run in row.runs or TABLES[name].runs if run in available]
-            for seed in range(seeds if runs else 0):
+            if runs:
                 plan.cells[name, row.label, seed] = tuple(planner.add(run, row, seed, plan.jobs) for run in runs)
-        if not any(cell[0] == name for cell in plan.cells):
-            raise ValueError(f"--table={name} has no row at --scale={scale}; its runs are {TABLES[name].runs}")
     return plan
 
 

@@ -32,7 +32,7 @@ def at(scale):
 
 
 def planned(*names, seeds=1, scale="scenes"):
-    return plan.make_plan(names or tables.TABLES, scale, seeds, at(scale), setups.SCALES[scale][1])
+    return plan.make_plan(names or list(tables.TABLES), scale, seeds, at(scale), setups.SCALES[scale][1])
 
 
 def batch(task):
