@@ -46,7 +46,7 @@ def work(plan: Plan, workdir: Path) -> list[str]:
       The folders of jobs that failed here, with the jobs that need them.
     """
     failed: set[str] = set()
-    started, done = time.monotonic(), 0
+    started, at_first = time.monotonic(), sum(not finished(job, workdir) for job in plan.jobs.values())
     while waiting := [job for job in plan.jobs.values() if not finished(job, workdir) and job.folder not in failed]:
         failed |= {job.folder for job in waiting if failed & set(job.needs)}
         ready = [job for job in waiting if all(finished(plan.jobs[name], workdir) for name in job.needs)]
@@ -57,11 +57,11 @@ def work(plan: Plan, workdir: Path) -> list[str]:
                 LOG.info("%d of %d runs to do; now %s", len(waiting), len(plan.jobs), job.folder)
                 try:
                     execute(job, workdir)
-                    done += 1
                 except (ValueError, FloatingPointError) as error:
                     LOG.error("%s failed, the others go on: %s", job.folder, error)
                     failed.add(job.folder)
-                left = (time.monotonic() - started) / max(done, 1) * (len(waiting) - 1)
+                done = at_first - len(waiting) + 1  # by all processes
+                left = (time.monotonic() - started) / done * (len(waiting) - 1)
                 LOG.info("about %.0f minutes left", left / 60)
             break
         else:
