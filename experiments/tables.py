@@ -116,7 +116,7 @@ def with_length(table: Table, lengths: Mapping[str, Mapping[str, int]]) -> Table
 
 
 CODES = {str(codes): codes for codes in (32, 64, 128, 256, 512)}
-WIDTHS = ("half", "published", "double", "four times")
+WIDTHS = ("half", "published", "double")
 BLOCKS = (0, 1, 2, 4)
 
 
@@ -128,7 +128,6 @@ def masked(ratio: float, patch: int) -> dict[str, dict[str, Any]]:
 
 MASKING = (
     Row("off", masked(0.0, 4)),
-    Row("ratio 0.25", masked(0.25, 4)),
     Row("ratio 0.5, half a token", masked(0.5, 4), published=AIT_DEPTH),
     Row("ratio 0.75", masked(0.75, 4)),
     Row("ratio 0.5, a quarter of a token", masked(0.5, 2)),
@@ -141,8 +140,8 @@ NO_SOFT = {DEPTH.label: 0.318, D1.label: 0.932, BOX.label: 0.436, MASK.label: 0.
 TABLES = {
     "1": ablation("Codebook size, depth", "depth", "num_codes", CODES, "128"),
     "2": ablation("Codebook size, masks", "instances", "num_codes", CODES, "128"),
-    "3": ablation("Width, depth", "depth", "hidden", sizes((8, 16, 32, 64), (8, 16, 32, 64), WIDTHS), "published"),
-    "4": ablation("Width, masks", "instances", "hidden", sizes((4, 8, 16, 32), (8, 16, 32, 64), WIDTHS), "published"),
+    "3": ablation("Width, depth", "depth", "hidden", sizes((8, 16, 32), (8, 16, 32), WIDTHS), "published"),
+    "4": ablation("Width, masks", "instances", "hidden", sizes((4, 8, 16), (8, 16, 32), WIDTHS), "published"),
     "5": with_length(
         ablation(
             "Down-sampling, depth",
