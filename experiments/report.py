@@ -105,7 +105,7 @@ def _origin(name: str, plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> 
     runs = [results[folder] for folder in sorted(needed) if folder in results]
     if not runs:
         return "Nothing is finished."
-    seeds = len({seed for table, _, seed in plan.cells if table == name})
+    seeds = len({seed for (table, _, seed), each in plan.cells.items() if table == name and results.keys() & set(each)})
     hours = sum(run["seconds"] for run in runs) / 3600
     versions = runs[-1]["versions"]
     names = ", ".join(f"{package} {versions[package]}" for package in ("jax", "flax", "optax"))
