@@ -3,7 +3,7 @@
 `{NAME}` in `start_from` stands for the run of the set-up NAME that belongs to the same row, `{workdir}` for the work
 directory. Scale 'scenes' is in small what 'nyu' and 'coco' are as published: two tokenizers, a detection model that
 the objects start from, one solver a task or one for both. In place of the published SimMIM weights its solvers start
-from the backbone of the built-in weights, which has seen scenes of the same kind, but none of the evaluation.
+from backbone and encoder of the built-in weights, which have seen scenes of the same kind, but none of the evaluation.
 """
 
 import importlib.util

@@ -27,13 +27,18 @@ def get_config():
 
 
 def small_config():
-    """The quickstart's small tokenizer, then a second from its weights; test images that do not fill a batch."""
-    stage = configs.load("quickstart", "smoke,parallel").stages.tokenizer
-    stage.update({"batch_size": 8, "eval_batch_size": 8, "train_steps": 4, "log_every": 1})
-    stage.data.render.update({"train": 16, "test": 6})
-    stage.task.tokenizer.update({"hidden": 4, "num_res_blocks": 1})
-    second = stage.to_dict() | {"name": "second", "start_from": {"params": "{workdir}/tokenizer"}}
-    return ConfigDict({"stages": {"tokenizer": stage, "second": second}})
+    """The parallel quickstart's smoke run with small networks, and test images that do not fill a batch."""
+    config = configs.load("quickstart", "smoke,parallel")
+    for stage in config.stages.values():
+        stage.update({"batch_size": 8, "eval_batch_size": 8, "train_steps": 4, "log_every": 1})
+        stage.data.render.update({"train": 16, "test": 6})
+        stage.task.tokenizer.update({"hidden": 4, "num_res_blocks": 1})
+        stage.optim.name, stage.eval_variants = "adamw", {}
+    task = config.stages.depth.task
+    task.flip, task.memory_weight = False, 0.0
+    task.backbone.update({"stem": (), "stem_blocks": 0, "embed_dim": 16})
+    task.transformer.update({"dim": 32, "hidden": 64, "decoder_layers": 1})
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def one(tmp_path_factory):
     return workdir, main.run(ConfigDict(json.loads(config_utils.to_json(small_config()))), workdir)
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "second"])
+@pytest.mark.parametrize("stage", ["tokenizer", "depth"])
 def test_two_processes_train_as_one_does(one, two, stage):
     lines = [(folder / stage / "metrics.jsonl").read_text().splitlines() for folder, _ in (one, two)]
     assert [len(part) for part in lines] == [5, 5]
@@ -97,15 +102,15 @@ def test_two_processes_train_as_one_does(one, two, stage):
 
 def test_two_processes_write_and_say_everything_once(two):
     workdir, (first, second) = two
-    environment = json.loads((workdir / "second" / "env.json").read_text())["devices"]
+    environment = json.loads((workdir / "depth" / "env.json").read_text())["devices"]
     assert (environment["hosts"], environment["count"]) == (2, 4)
-    for stage in ("tokenizer", "second"):
+    for stage in ("tokenizer", "depth"):
         assert [p.name for p in (workdir / stage / "checkpoints").iterdir()] == ["4"]
         assert len(list((workdir / stage).glob("events.out.tfevents*"))) == 1
         assert len(list((workdir / stage / "panels").iterdir())) == 6
     metrics = json.loads((workdir / "metrics.json").read_text())
     for output in (first, second):  # both know the result
-        assert f"second/rmse {metrics['second/rmse']:.6g}" in output
+        assert f"depth/rmse {metrics['depth/rmse']:.6g}" in output
 
 
 def test_evaluation_is_the_same_in_one_process(one, two):
@@ -115,7 +120,7 @@ def test_evaluation_is_the_same_in_one_process(one, two):
     written = json.loads((workdir / "metrics.json").read_text())
     assert written.keys() == expected.keys()
     config = config_utils.format_workdir(ConfigDict(json.loads(config_utils.to_json(small_config()))), str(workdir))
-    metrics = train.evaluate(config.stages.second, workdir / "second")
+    metrics = train.evaluate(config.stages.depth, workdir / "depth")
     for name, value in metrics.items():
         np.testing.assert_allclose(written[name], value, rtol=1e-5, err_msg=name)
 
