@@ -115,7 +115,7 @@ def restore_or_init(
         return TrainState.create(variables["params"], variables["model_state"], optimizer, ema_decay)
 
     key = random_key(run.config)
-    abstract = jax.eval_shape(lambda batch: create(init(batch, key)), example)
+    abstract = jax.eval_shape(create, jax.eval_shape(init, example, key))
     shardings = sharding.state_shardings(abstract, run.mesh)
     LOG.info("parameters:\n%s", overview.parameter_table(abstract.params, shardings.params))
     LOG.info("on each device: %s", overview.describe(overview.state_memory(abstract, shardings)))

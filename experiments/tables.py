@@ -115,7 +115,7 @@ def with_length(table: Table, lengths: Mapping[str, Mapping[str, int]]) -> Table
     return dataclasses.replace(table, rows=(dataclasses.replace(first, changes=changes), *others))
 
 
-CODES = {str(codes): codes for codes in (32, 64, 128, 256, 512)}
+CODES = {str(codes): codes for codes in (32, 128, 512)}
 WIDTHS = ("half", "published", "double")
 BLOCKS = (0, 1, 2, 4)
 
