@@ -10,6 +10,8 @@ Cases:
     input_instances    the published COCO recipe, 640x640 with large-scale jitter
     train              the training step of --config (of --stage, where it has several), and the loop around it
     predict            latency of its prediction with random weights, as a whole and in parts (see latency.py)
+    a, b, ... h        pieces of the published set-ups, training steps, backbone and decoding (see pieces.py), and
+    window_attention   one layer; peer_torch.py measures some of these in PyTorch, for a ratio on the same machine
 
 Files are built-in scenes, rendered once into --scenes; `train` reads the config's own where its root exists, `predict`
 reads none. Numbers per core count the processor's time, not the clock's, so that other programs on the machine hardly
@@ -39,6 +41,7 @@ from typing import Any
 import jax
 import latency
 import numpy as np
+import pieces
 import roofline
 import setups
 from absl import app, flags
@@ -50,17 +53,18 @@ from aitok_jax.data import objects, pipeline, scenes
 ROOT = Path(__file__).parents[1]
 FRAMES, HEIGHT, WIDTH = 24, 480, 640
 PUBLISHED = {"input_depth": "nyu", "input_instances": "coco"}  # whose data, and batch size, a case takes
-CASES = (*PUBLISHED, "train", "predict")
+OF_CONFIG = ("train", "predict")
+CASES = (*PUBLISHED, *OF_CONFIG, *pieces.CASES)
 WARM_UP = 2  # batches or steps before the clock starts
 
 
 def measure(
-    cases: list[str], folder: Path, config: ConfigDict | None, images: int = 192, steps: int = 20, batch: int = 1
+    names: list[str], folder: Path, config: ConfigDict | None, images: int = 192, steps: int = 20, batch: int = 1
 ) -> dict[str, Any]:
     """The report: {'environment', 'cases': {case: numbers}}; every case has a process of its own.
 
     Args:
-      cases: of CASES.
+      names: of CASES.
       folder: of the scenes, rendered where absent.
       config: of one run, for 'train' and 'predict'.
       images: how many to read for each number of an input case.
@@ -71,14 +75,14 @@ def measure(
       ValueError: an unknown case, one that needs a config without it, or a config that cannot work.
       OSError: the process of a case was killed.
     """
-    for case in cases:
+    for case in names:
         if case not in CASES:
             raise ValueError(f"--cases: {config_utils.unknown(case, CASES)}")
-        if case not in PUBLISHED and config is None:
+        if case in OF_CONFIG and config is None:
             raise ValueError(f"--cases={case} needs --config=configs/X.py")
     fields = None if config is None else config.to_dict()
     report = {"environment": {}, "cases": {}}
-    for case in cases:
+    for case in names:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
                 done = pool.submit(_in_process, case, folder, fields, images, steps, batch).result()
@@ -100,6 +104,8 @@ def measure_case(
     case: str, folder: Path, config: ConfigDict | None, images: int, steps: int, batch: int
 ) -> dict[str, Any]:
     """The numbers of one case, in this process; see `measure`."""
+    if case in pieces.CASES:
+        return pieces.measure(case)
     if case == "predict":
         return {"config": config.name, **latency.prediction(config, batch)}
     scenes.ensure(folder, train=FRAMES, test=1, height=HEIGHT, width=WIDTH, workers=os.cpu_count() or 1)
@@ -167,40 +173,25 @@ def training(config: ConfigDict, steps: int) -> dict[str, Any]:
         with checkpoint.open_manager(folder) as manager:
             state, shardings = train.restore_or_init(run, manager, optimizer, example)
         key = train.random_key(config)
-        started = time.perf_counter()
-        traced = train.make_step(run, optimizer, shardings).trace(state, example, key)
-        step = traced.lower().compile()
-        compile_s = time.perf_counter() - started
-        memory = overview.step_memory(step)
-        state, alone = _alone(step, state, (example, key), steps)
+        alone = latency.timed_step(train.make_step(run, optimizer, shardings), state, example, key)
+        state, step = alone.result
         loop, waiting, placing = _loop(run, step, state, batches, key, steps)
     images = sum(run.each("batch_size").values())
     peak, dtype = roofline.peak_memory(), roofline.compute_dtype(run.task)
     rates = roofline.matmul_rates(run.mesh.devices.flatten().tolist(), dtype)
+    numbers = alone.numbers(None, rates[dtype])
     return {
-        "compile_s": compile_s,
-        "step_s": alone,
-        "images_per_s": images / alone,
+        "step_s": numbers.pop("latency_s"),
+        "images_per_s": images / alone.latency_s,
         "loop_step_s": loop,
         "loop_images_per_s": images / loop,
         "share_waiting_for_input": waiting / loop,
         "share_placing_on_devices": placing / loop,
-        "bytes_on_a_device": memory,
+        "bytes_on_a_device": overview.step_memory(step),
         "peak_memory": peak,
-        **roofline.rating(roofline.flops(traced.jaxpr), alone, rates[dtype]),
+        **numbers,
         "matmul_flops_per_s": rates,
     }
-
-
-def _alone(step: Any, state: Any, inputs: tuple, steps: int) -> tuple[Any, float]:
-    """The state after, and the seconds of a step on a batch (with its key) that is on the devices."""
-    for number in range(WARM_UP + steps):
-        if number == WARM_UP:
-            jax.block_until_ready(state)
-            started = time.perf_counter()
-        state, _ = step(state, *inputs)
-        jax.block_until_ready(state)
-    return state, (time.perf_counter() - started) / steps
 
 
 def _loop(run: Any, step: Any, state: Any, batches: Iterator, key: Any, steps: int) -> tuple[float, float, float]:

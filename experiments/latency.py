@@ -86,30 +86,53 @@ def _timed_parts(task: Any, params: Any, model_state: Any, batch: dict[str, np.n
         }
     programs = {}
     for name, (function, weights) in steps.items():
-        programs[name] = _timed(function, weights, given)
+        programs[name] = timed(function, weights, given)
         given = programs[name].result
-    return programs | {"whole": _timed(task.predict, params, model_state, batch)}
+    return programs | {"whole": timed(task.predict, params, model_state, batch)}
 
 
-def _timed(function: Callable[..., Any], *args: Any) -> Program:
+def timed(function: Callable[..., Any], *args: Any) -> Program:
+    """A function, compiled and run on these arguments."""
     args = jax.device_put(args)
-    started = time.perf_counter()
-    traced = jax.jit(function).trace(*args)
-    compiled = traced.lower().compile()
-    compile_s = time.perf_counter() - started
+    jaxpr, compiled, compile_s = _compiled(jax.jit(function), *args)
     latency_s, runs = roofline.median_seconds(lambda: compiled(*args))
-    return Program(traced.jaxpr, compile_s, latency_s, runs, compiled(*args))
+    return Program(jaxpr, compile_s, latency_s, runs, compiled(*args))
+
+
+def timed_step(step: Any, state: Any, *inputs: Any) -> Program:
+    """A jitted training step, which takes the state it is given; its result is (state after all runs, the program)."""
+    jaxpr, compiled, compile_s = _compiled(step, state, *inputs)
+
+    def run():
+        nonlocal state
+        state, _ = compiled(state, *inputs)
+        return state
+
+    latency_s, runs = roofline.median_seconds(run)
+    return Program(jaxpr, compile_s, latency_s, runs, (state, compiled))
+
+
+def _compiled(function: Any, *args: Any) -> tuple[Any, Any, float]:
+    """(jaxpr, program, seconds) of a jitted function."""
+    started = time.perf_counter()
+    traced = function.trace(*args)
+    compiled = traced.lower().compile()
+    return traced.jaxpr, compiled, time.perf_counter() - started
+
+
+def tokens(decoded: Any) -> int:
+    """How many tokens of an image were decoded, one after the other or at once."""
+    steps = getattr(decoded, "steps", None)  # of a loop that may end early
+    return decoded.tokens.shape[1] if steps is None else int(steps)
 
 
 def _numbers(programs: dict[str, Program], batch_size: int, matmul: float) -> dict[str, Any]:
     if "memory" in programs:
-        decoded = programs["decode"].result
-        steps = getattr(decoded, "steps", None)  # of a loop that may end early
-        tokens = decoded.tokens.shape[1] if steps is None else int(steps)
-        per_token = {"ms_per_token": 1e3 * programs["decode"].latency_s / tokens}
+        count = tokens(programs["decode"].result)
+        per_token = {"ms_per_token": 1e3 * programs["decode"].latency_s / count}
     else:
-        tokens, per_token = int(np.prod(programs["encode"].result.shape[1:])), {}
-    numbers = {name: program.numbers(tokens, matmul) for name, program in programs.items()}
+        count, per_token = int(np.prod(programs["encode"].result.shape[1:])), {}
+    numbers = {name: program.numbers(count, matmul) for name, program in programs.items()}
     whole = numbers.pop("whole")
-    rate = {"images_per_s": batch_size / whole["latency_s"], "tokens": tokens, **per_token}
+    rate = {"images_per_s": batch_size / whole["latency_s"], "tokens": count, **per_token}
     return whole | rate | {"parts": numbers}

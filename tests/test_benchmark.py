@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import latency
 import numpy as np
+import pieces
 import pytest
 import roofline
 import tiny_objects
@@ -51,7 +52,8 @@ def test_every_case_is_reported(tmp_path, monkeypatch):
     for name, value in {"FRAMES": 3, "HEIGHT": 64, "WIDTH": 80}.items():
         monkeypatch.setattr(benchmark, name, value)
     options = {"images": 6, "steps": 2, "batch": 3}
-    cases = {case: benchmark.measure_case(case, tmp_path / "scenes", config, **options) for case in benchmark.CASES}
+    names = (*benchmark.PUBLISHED, *benchmark.OF_CONFIG)
+    cases = {case: benchmark.measure_case(case, tmp_path / "scenes", config, **options) for case in names}
     for case in ("input_depth", "input_instances"):
         assert cases[case]["images_per_s"] > 0
         assert cases[case]["images_per_s_per_core"] > 0
@@ -91,6 +93,54 @@ def test_a_prediction_is_the_sum_of_its_parts():
     # a step attends to the whole cache, so that all steps multiply as much as one pass, and embed soft tokens besides
     soft_tokens = 2 * 4 * 4 * tiny_objects.CODES * SHARED["transformer"]["dim"]
     assert steps["decode"]["flops"] == 2 * one_pass["decode"]["flops"] + soft_tokens
+
+
+def test_pieces_of_the_published_set_ups(tmp_path, monkeypatch):
+    tiny = {
+        "vqvae_depth": {"name": "depth_tokenizer", "image_size": 32, "tokenizer": tiny_runs.TOKENIZER},
+        "vqvae_mask": {"name": "mask_tokenizer", "image_size": 16, "tokenizer": tiny_runs.MASKS},
+        "nyu": {"name": "depth", **SHARED, **OWN},
+        "nyu:parallel": PARALLEL,
+        "coco": {"name": "instances", **SHARED, **tiny_objects.OWN},
+    }
+
+    def load(name):
+        def get_config(arg=None):
+            config = configs.load(name)
+            config.task = ConfigDict(tiny[f"{name}:{arg}" if arg else name])
+            return config
+
+        return SimpleNamespace(get_config=get_config)
+
+    monkeypatch.setattr(pieces, "load", load)
+    monkeypatch.setattr(pieces, "ATTENTION", {"windows": 3, "window": 4, "heads": 2, "width": 8})
+    done = {case: benchmark.measure_case(case, tmp_path, None, 1, 1, 1) for case in pieces.CASES}
+    programs = {
+        "a": ["step"],
+        "b": ["encode", "decode"],
+        "c": ["batch_128", "batch_512"],
+        "d": ["16x16", "24x24"],
+        "e": ["decode"],
+        "f": ["decode"],
+        "g": ["decode"],
+        "h": ["step"],
+        "window_attention": ["forward", "gradient"],
+    }
+    for case, names in programs.items():
+        assert list(done[case]) == ["what", *names, "matmul_flops_per_s"]
+        for name in names:
+            numbers = done[case][name]
+            assert numbers["latency_s"] > 0
+            assert numbers["compile_s"] > 0
+            assert numbers["peak_memory"]["process_bytes"] > 2**27
+            np.testing.assert_allclose(numbers["flops_per_s"], numbers["flops"] / numbers["latency_s"])
+    flops = {case: [done[case][name]["flops"] for name in names] for case, names in programs.items()}
+    assert 2 < flops["a"][0] / sum(flops["b"]) < 3
+    assert flops["c"][1] == 4 * flops["c"][0]
+    soft_tokens = 2 * 4 * tiny_objects.CODES * SHARED["transformer"]["dim"]
+    assert flops["e"][0] == flops["f"][0] + soft_tokens
+    n, t, c = 3, 16, 8
+    assert flops["window_attention"][0] == 2 * n * t * c * (4 * c + 2 * t) + 2 * 49 * 512 * (2 + 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""The published set-ups piece by piece: the cases that `benchmark.py` knows by a letter.
+
+Weights and inputs are random, of the published sizes, on one device; no file is read. Every number is the median of at
+least 5 runs on warm programs. `peak_memory` stands with each program, since that of a process never falls; it holds
+what came before it in the same case.
+"""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import latency
+import numpy as np
+import roofline
+from latency import Program
+from ml_collections import ConfigDict
+from setups import load
+
+from aitok_jax import optim, sharding, tasks, train
+from aitok_jax.models.swin_v2 import WindowAttention
+from aitok_jax.train_state import TrainState
+
+ATTENTION = {"windows": 4, "window": 30, "heads": 16, "width": 512}  # a block of Swin-B's third stage at 480x480
+
+
+def measure(case: str) -> dict[str, Any]:
+    """{'what', one entry of numbers a program, 'matmul_flops_per_s'} of a key of CASES."""
+    what, programs = CASES[case]
+    timed = {name: (program, dtype, steps, roofline.peak_memory()) for name, program, dtype, steps in programs()}
+    dtypes = {dtype for _, dtype, _, _ in timed.values()}
+    rates = {dtype: roofline.matmul_rate(jax.devices()[:1], dtype) for dtype in sorted(dtypes | {"float32"})}
+    numbers = {
+        name: program.numbers(steps, rates[dtype]) | {"peak_memory": peak}
+        for name, (program, dtype, steps, peak) in timed.items()
+    }
+    return {"what": what, **numbers, "matmul_flops_per_s": rates}
+
+
+Programs = Iterator[tuple[str, Program, str, int | None]]  # name, program, dtype of its products, steps of a while loop
+
+
+def _depth_tokenizer_step() -> Programs:
+    yield _step("step", load("vqvae_depth").get_config(), 8)
+
+
+def _depth_tokenizer() -> Programs:
+    task, params, model_state = _random(load("vqvae_depth").get_config(), 1)
+    given, variables = _batch(task, 8)["depth"][..., None], {"params": params, **model_state}
+    for name in ("encode", "decode"):
+        program = latency.timed(lambda v, x, name=name: task.tokenizer.apply(v, x, method=name), variables, given)
+        yield name, program, roofline.compute_dtype(task), None
+        given = program.result
+
+
+def _mask_tokenizer_step() -> Programs:
+    for count in (128, 512):
+        yield _step(f"batch_{count}", load("vqvae_mask").get_config(), count)
+
+
+def _backbone() -> Programs:
+    for name in ("nyu", "coco"):
+        task, params, _ = _random(load(name).get_config(), 1)
+        program = latency.timed(task.solver.backbone.apply, {"params": params["backbone"]}, _batch(task, 1)["image"])
+        yield f"{task.image_size}x{task.image_size}", program, roofline.compute_dtype(task), None
+
+
+def _decoding(name: str, arg: str | None = None) -> Callable[[], Programs]:
+    def programs() -> Programs:
+        task, params, _ = _random(load(name).get_config(arg), 1)
+        memory = latency.random_weights(jax.eval_shape(task.memory, params, _batch(task, 1)["image"]))
+        program = latency.timed(task.decode, {"transformer": params["transformer"]}, memory)
+        yield "decode", program, roofline.compute_dtype(task), latency.tokens(program.result)
+
+    return programs
+
+
+def _depth_step() -> Programs:
+    yield _step("step", load("nyu").get_config(), 1)
+
+
+def _window_attention() -> Programs:
+    windows, window, heads, width = ATTENTION.values()
+    layer = WindowAttention(width, heads, window, window)
+    x_NTC = jnp.asarray(np.random.default_rng(0).standard_normal((windows, window**2, width), np.float32))
+    params = latency.random_weights(jax.eval_shape(layer.init, jax.random.key(0), x_NTC, None))
+
+    def loss(params, x_NTC):
+        return jnp.sum(layer.apply(params, x_NTC, None))
+
+    yield "forward", latency.timed(lambda p, x: layer.apply(p, x, None), params, x_NTC), "float32", None
+    yield "gradient", latency.timed(jax.grad(loss, (0, 1)), params, x_NTC), "float32", None
+
+
+CASES = {
+    "a": ("depth VQ-VAE, 480x480, batch 8: training step", _depth_tokenizer_step),
+    "b": ("depth VQ-VAE, 480x480, batch 8: encode and decode", _depth_tokenizer),
+    "c": ("mask VQ-VAE, 64x64, batch 128 and 512: training step", _mask_tokenizer_step),
+    "d": ("Swin-V2-B backbone, one image of 480x480 and of 640x640", _backbone),
+    "e": ("depth of one image, 225 soft tokens, one after the other: decoding", _decoding("nyu")),
+    "f": ("depth of one image, 225 tokens in one pass: decoding", _decoding("nyu", "parallel")),
+    "g": ("objects of one 640x640 image, 2100 soft tokens, one after the other: decoding", _decoding("coco")),
+    "h": ("Swin-V2-B depth solver, 480x480, batch 1: training step", _depth_step),
+    "window_attention": ("4 windows of 900 positions, 16 heads of width 32: forward and gradient", _window_attention),
+}
+
+
+def _random(config: ConfigDict, count: int) -> tuple[tasks.Task, Any, Any]:
+    """The task, with random (params, model_state)."""
+    task = tasks.build(config.task)
+    return task, *latency.random_weights(jax.eval_shape(task.init, jax.random.key(0), _batch(task, count)))
+
+
+def _batch(task: tasks.Task, count: int) -> dict[str, np.ndarray]:
+    return latency.random_batch(task.image_size, count)
+
+
+def _step(name: str, config: ConfigDict, count: int) -> tuple[str, Program, str, None]:
+    """The training step of `count` examples; its time is all of it, optimizer and moving average included."""
+    task, *variables = _random(config, count)
+    optimizer = optim.make_optimizer(config.optim, config.train_steps)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+    def create(params, model_state):
+        return TrainState.create(params, model_state, optimizer, config.get("ema_decay", 0.0))
+
+    state = jax.jit(create, donate_argnums=(0, 1))(*variables)
+    step = train.make_step(
+        SimpleNamespace(config=config, task=task, mesh=mesh), optimizer, sharding.state_shardings(state, mesh)
+    )
+    batch = sharding.shard_batch(_batch(task, count), mesh)
+    program = latency.timed_step(step, state, batch, train.random_key(config))
+    return name, program, roofline.compute_dtype(task), None
