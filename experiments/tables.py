@@ -196,19 +196,8 @@ TABLES = {
         ),
         "one a task",
     ),
-    "11": Table(
-        "Residual blocks of the tokenizer",
-        (*DEPTH_RUNS, *MASK_RUNS),
-        (DEPTH_TOKENS, DEPTH, MASK_TOKENS, MASK),
-        tuple(
-            Row(
-                str(blocks),
-                tokenizer("depth", num_res_blocks=blocks) | tokenizer("instances", num_res_blocks=blocks),
-                published=AIT_DEPTH | AIT_OBJECTS if blocks == 2 else {},
-            )
-            for blocks in BLOCKS
-        ),
-        "2",
+    "11": ablation(
+        "Residual blocks of the tokenizer", "depth", "num_res_blocks", {str(blocks): blocks for blocks in BLOCKS}, "2"
     ),
     "B": Table(
         "VQ-VAE, or down-sampling and bins",
