@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import io
 import re
+import statistics
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from aitok_jax import checkpoint, tasks, warm_start
 from aitok_jax.tasks.joint import JointTask
 
 PUBLISHED = {0.305, 0.934, 0.301, 0.940, 0.318, 0.932, 0.433, 0.342, 0.436, 0.311, 0.422, 0.341, 0.310}
+RESULTS = Path(tables.__file__).with_name("results")
 ARGUMENTS = {
     "vqvae_depth": (None, "num_codes=64", "hidden=32", "downsample=16", "res_blocks=0", "mask_ratio=0"),
     "vqvae_mask": (None, "num_codes=64", "hidden=32", "downsample=8", "res_blocks=4"),
@@ -207,3 +210,22 @@ def test_report_marks_only_what_all_seeds_agree_on(tmp_path):
 def test_report_of_what_is_finished(tmp_path):
     (path,) = report.write(planned("9"), {}, tmp_path, "scenes")
     assert "Nothing is finished" in path.read_text()
+
+
+@pytest.mark.parametrize("name", [path.stem.removeprefix("table_") for path in sorted(RESULTS.glob("*.csv"))])
+def test_the_readme_shows_what_was_reported(name):
+    """Every row, by three seeds, and its text is the one written beside the numbers."""
+    with (RESULTS / f"table_{name}.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["row"], line["seed"]) for line in lines} == {
+        (row.label, str(seed)) for row in tables.TABLES[name].rows for seed in range(3)
+    }
+    text = (RESULTS / f"table_{name}.md").read_text().strip()
+    assert text in RESULTS.with_name("README.md").read_text()
+    for line in lines:
+        values = [
+            float(other["value"]) for other in lines if (other["row"], other["column"]) == (line["row"], line["column"])
+        ]
+        row = next(shown for shown in text.splitlines() if shown.startswith(f"| {line['row']} |"))
+        assert f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" in row
+    assert (RESULTS / f"table_{name}.png").stat().st_size > 5000
