@@ -68,7 +68,7 @@ def measure(
       folder: of the scenes, rendered where absent.
       config: of one run, for 'train' and 'predict'.
       images: how many to read for each number of an input case.
-      steps: of 'train'.
+      steps: of the loop of 'train'.
       batch: images of a prediction.
 
     Raises:
@@ -316,7 +316,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("stage", None, "Stage of the config, where it has several; its last one otherwise.")
     flags.DEFINE_string("scenes", "runs/benchmark_scenes", "Folder of the rendered scenes.")
     flags.DEFINE_integer("images", 192, "Images that an input case reads for each number.", lower_bound=1)
-    flags.DEFINE_integer("steps", 20, "Training steps.", lower_bound=1)
+    flags.DEFINE_integer("steps", 20, "Steps of the training loop.", lower_bound=1)
     flags.DEFINE_integer("batch", 1, "Images of a prediction.", lower_bound=1)
     flags.DEFINE_string("out", None, "File for the report.")
     flags.DEFINE_list("compare", [], "Report to compare with; or an old and a new one, and nothing is measured.")

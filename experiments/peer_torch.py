@@ -168,7 +168,7 @@ def measure(case: str) -> dict[str, dict]:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
     torch.manual_seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    torch.set_num_threads(_cores())
     numbers = {}
     for name, run in CASES[case]().items():
         run()
@@ -185,6 +185,10 @@ def measure(case: str) -> dict[str, dict]:
     return numbers
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Cases of benchmark.py in plain PyTorch, on the CPU.")
     parser.add_argument("--cases", default=",".join(CASES), help=f"comma-separated, of {', '.join(CASES)}")
@@ -194,7 +198,7 @@ def main() -> int:
     if unknown := [name for name in names if name not in CASES]:
         print(f"error: --cases: {', '.join(unknown)} unknown; valid are {', '.join(CASES)}", file=sys.stderr)
         return 1
-    report = {"environment": {"torch": torch.__version__, "threads": torch.get_num_threads()}, "cases": {}}
+    report = {"environment": {"torch": torch.__version__, "cores": _cores()}, "cases": {}}
     for name in names:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             report["cases"][name] = pool.apply(measure, (name,))

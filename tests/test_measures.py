@@ -26,7 +26,6 @@ class Constant:
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("holes")
     config = setups.scenes(smoke=True)["depth"]
-    config.data.render.test = 2
     scenes.ensure(folder / "scenes", **dict(config.data.render), workers=1)
     measures.write_exact_list(folder / "scenes")
     return config_utils.format_workdir(config, str(folder))
