@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from aitok_jax.models import conv
 from aitok_jax.models.bins import BinsTokenizer
-from aitok_jax.models.vqvae import OBJECTIVES, VQVAE, TransposedConv, mask_patches
+from aitok_jax.models.vqvae import OBJECTIVES, VQVAE, Conv, mask_patches
 
 TINY = {"hidden": 4, "downsample": 4, "num_res_blocks": 1, "num_codes": 8, "code_dim": 4}
 SMALLEST = TINY | {"hidden": 16, "downsample": 2, "num_res_blocks": 0}
@@ -41,12 +42,35 @@ def test_transposed_convolution_scatters(height, width):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, height, width, 3)).astype(np.float32)
     params = {"kernel": rng.normal(size=(4, 4, 3, 5)), "bias": rng.normal(size=5)}
-    ours = TransposedConv(5).apply({"params": params}, x)
+    ours = Conv(5, conv.up).apply({"params": params}, x)
     np.testing.assert_allclose(ours, scattered(x, **params), rtol=1e-4, atol=1e-4)
     flipped = params["kernel"][::-1, ::-1]  # lax correlates
     padding = ((2, 2), (2, 2))
     lax = jax.lax.conv_transpose(x, flipped, (2, 2), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     np.testing.assert_allclose(ours, lax + params["bias"].reshape(1, 1, 1, -1), rtol=1e-4, atol=1e-4)
+
+
+def strided(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=conv.LAYOUT)
+
+
+def dilated(x, kernel):
+    flipped = kernel[::-1, ::-1]
+    return jax.lax.conv_transpose(x, flipped, (2, 2), ((2, 2), (2, 2)), dimension_numbers=conv.LAYOUT)
+
+
+@pytest.mark.parametrize(("ours", "reference"), [(conv.down, strided), (conv.up, dilated)])
+@pytest.mark.parametrize(("height", "width"), [(2, 4), (6, 10)])
+def test_gradients_of_convolutions(ours, reference, height, width):
+    """Gradients of input and kernel are written by hand; the reference has XLA's."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, height, width, 3), (4, 4, 3, 5)))
+    expected, pull = jax.vjp(reference, x, kernel)
+    y, ours_pull = jax.vjp(ours, x, kernel)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    weight = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    for gradient, theirs in zip(ours_pull(weight), pull(weight), strict=True):
+        np.testing.assert_allclose(gradient, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("downsample", "height", "width"), [(2, 6, 4), (8, 8, 24), (32, 64, 32)])

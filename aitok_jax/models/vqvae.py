@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aitok_jax import losses
+from aitok_jax.models import conv
 from aitok_jax.models.quantizer import Quantized, Quantizer, nearest_codes
 
 CLASSIFICATION = "cross_entropy"
 OBJECTIVES = (*losses.RECONSTRUCTION, CLASSIFICATION)
+KERNEL_SIZES = {conv.point: 1, conv.same: 3, conv.down: 4, conv.up: 4}
 
 
-class TransposedConv(nn.Module):
-    """Transposed convolution, kernel 4, stride 2, padding 1, as four 2×2 convolutions whose outputs interleave.
-
-    An even output row 2m sees input rows m−1 and m through kernel rows 3 and 1; an odd one, 2m+1, sees rows m and m+1
-    through kernel rows 2 and 0; columns likewise. All gradients are then those of small ordinary convolutions; on a CPU
-    the weight gradient of the dilated form, or of the four in one with 4·features, is many times slower.
-    """
+class Conv(nn.Module):
+    """A convolution of `models.conv` and its bias."""
 
     features: int
+    convolve: Callable[[jax.Array, jax.Array], jax.Array]
+    use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        b, h, w, c = x_BHWC.shape
-        kernel_44CF = self.param("kernel", _fan_in_uniform, (4, 4, c, self.features), self.param_dtype)
+        size = KERNEL_SIZES[self.convolve]
+        shape = (size, size, x_BHWC.shape[-1], self.features)
+        kernel = self.param("kernel", _fan_in_uniform, shape, self.param_dtype)
+        y = self.convolve(x_BHWC.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.use_bias:
+            return y
         bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-        x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x_BHWC, kernel_44CF, bias_F))
-        taps = ((3, 1), (2, 0))  # kernel rows of an even and of an odd output row
-
-        def part(p: int, q: int) -> jax.Array:
-            taps_22CF = kernel[np.array(taps[p])][:, np.array(taps[q])]
-            padding = ((1 - p, p), (1 - q, q))
-            return jax.lax.conv_general_dilated(
-                x, taps_22CF, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-
-        rows = [jnp.stack([part(p, 0), part(p, 1)], axis=3) for p in (0, 1)]  # B H W 2 F
-        y = jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, self.features)
-        return y + bias.reshape(1, 1, 1, -1)
+        return y + bias_F.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
 def _fan_in_uniform(key, shape, dtype=jnp.float32):
@@ -64,8 +55,10 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        def conv(size, index, use_bias=True):
-            return _conv(self.features, size, f"net_{index}", self, use_bias=use_bias)
+        dtypes = (self.dtype, self.param_dtype)
+
+        def layer(convolve, index, use_bias=True):
+            return Conv(self.features, convolve, use_bias, *dtypes, name=f"net_{index}")
 
         def norm(index):
             return nn.BatchNorm(
@@ -78,25 +71,11 @@ class ResidualBlock(nn.Module):
             )
 
         if self.batch_norm:
-            y = nn.relu(norm(1)(conv(3, 0, use_bias=False)(x)))
-            return nn.relu(x + norm(4)(conv(3, 3, use_bias=False)(y)))
-        y = nn.relu(conv(3, 0)(x))
-        y = nn.relu(conv(3, 2)(y))
-        return x + conv(1, 4)(y)
-
-
-def _conv(features: int, size: int, name: str, parent: nn.Module, stride: int = 1, use_bias: bool = True) -> nn.Conv:
-    return nn.Conv(
-        features,
-        (size, size),
-        (stride, stride),
-        padding=(size - 1) // 2,
-        use_bias=use_bias,
-        kernel_init=_fan_in_uniform,
-        dtype=parent.dtype,
-        param_dtype=parent.param_dtype,
-        name=name,
-    )
+            y = nn.relu(norm(1)(layer(conv.same, 0, use_bias=False)(x)))
+            return nn.relu(x + norm(4)(layer(conv.same, 3, use_bias=False)(y)))
+        y = nn.relu(layer(conv.same, 0)(x))
+        y = nn.relu(layer(conv.same, 2)(y))
+        return x + layer(conv.point, 4)(y)
 
 
 class Encoder(nn.Module):
@@ -112,15 +91,14 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        stages = int(math.log2(self.downsample))
+        stages, dtypes = int(math.log2(self.downsample)), (self.dtype, self.param_dtype)
         for i in range(stages):
-            x = nn.relu(_conv(self.hidden * 2**i, 4, f"layers_{2 * i}", self, stride=2)(x))
+            x = nn.relu(Conv(self.hidden * 2**i, conv.down, True, *dtypes, name=f"layers_{2 * i}")(x))
         top = 2 * stages
         for i in range(self.num_res_blocks):
-            x = ResidualBlock(x.shape[-1], self.batch_norm, self.dtype, self.param_dtype, name=f"layers_{top + i}")(
-                x, train
-            )
-        return _conv(self.code_dim, 1, f"layers_{top + self.num_res_blocks}", self)(x).astype(jnp.float32)
+            x = ResidualBlock(x.shape[-1], self.batch_norm, *dtypes, name=f"layers_{top + i}")(x, train)
+        last = f"layers_{top + self.num_res_blocks}"
+        return Conv(self.code_dim, conv.point, True, *dtypes, name=last)(x).astype(jnp.float32)
 
 
 class Decoder(nn.Module):
@@ -137,14 +115,15 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, z: jax.Array, train: bool = False) -> jax.Array:
         stages, widest = int(math.log2(self.downsample)), self.hidden * self.downsample // 2
-        x = nn.relu(_conv(widest, 1, "layers_0", self)(z))
+        dtypes = (self.dtype, self.param_dtype)
+        x = nn.relu(Conv(widest, conv.point, True, *dtypes, name="layers_0")(z))
         for i in range(self.num_res_blocks):
-            x = ResidualBlock(widest, self.batch_norm, self.dtype, self.param_dtype, name=f"layers_{2 + i}")(x, train)
+            x = ResidualBlock(widest, self.batch_norm, *dtypes, name=f"layers_{2 + i}")(x, train)
         for i in range(stages):
             name = f"layers_{2 + self.num_res_blocks + 2 * i}"
-            x = nn.relu(TransposedConv(widest // 2**i, self.dtype, self.param_dtype, name=name)(x))
+            x = nn.relu(Conv(widest // 2**i, conv.up, True, *dtypes, name=name)(x))
         last = f"layers_{2 + self.num_res_blocks + 2 * stages}"
-        return _conv(self.out_channels, 1, last, self)(x).astype(jnp.float32)
+        return Conv(self.out_channels, conv.point, True, *dtypes, name=last)(x).astype(jnp.float32)
 
 
 @flax.struct.dataclass
