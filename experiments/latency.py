@@ -46,7 +46,7 @@ def prediction(config: ConfigDict, batch_size: int) -> dict[str, Any]:
     parts = task.parts if joint else {config.name: task}
     batches = {name: random_batch(part.image_size, batch_size) for name, part in parts.items()}
     shapes = jax.eval_shape(task.init, jax.random.key(0), batches if joint else batches[config.name])
-    weights = jax.device_put(random_weights(shapes))
+    weights = random_weights(shapes)
     timed = {name: _timed_parts(part, *weights, batches[name]) for name, part in parts.items()}
     peak = roofline.peak_memory()
     dtype = roofline.compute_dtype(task)
@@ -67,7 +67,11 @@ def random_batch(size: int, count: int) -> dict[str, np.ndarray]:
 def random_weights(shapes: Any) -> Any:
     """Arrays of these shapes and dtypes, normal with the published standard deviation of 0.02, without compiling."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: (INIT_STD * rng.standard_normal(x.shape, np.float32)).astype(x.dtype), shapes)
+
+    def leaf(x):  # put on the device one by one, so that the host never holds a second copy of all
+        return jax.device_put((INIT_STD * rng.standard_normal(x.shape, np.float32)).astype(x.dtype))
+
+    return jax.tree.map(leaf, shapes)
 
 
 def _timed_parts(task: Any, params: Any, model_state: Any, batch: dict[str, np.ndarray]) -> dict[str, Program]:

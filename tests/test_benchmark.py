@@ -67,8 +67,9 @@ def test_every_case_is_reported(tmp_path, monkeypatch):
     assert predict["batch_size"] == 3
     assert predict["images_per_s"] == 3 / predict["latency_s"]
     assert set(predict["parts"]) == {"encode", "decode"}
-    # a step of 8 images sees them forwards and, but for the gradient of the image, twice backwards
-    assert 2 < train["flops"] / 8 / (predict["flops"] / 3) < 3
+    # a step of 8 images sees them forwards and, but for the gradient of the image, twice backwards; the products of
+    # kernel gradients also run over the rim, which is much of a small map
+    assert 2 < train["flops"] / 8 / (predict["flops"] / 3) < 3.5
     for numbers in (train, predict):
         seconds = numbers["step_s"] if numbers is train else numbers["latency_s"]
         np.testing.assert_allclose(numbers["flops_per_s"], numbers["flops"] / seconds)
@@ -135,7 +136,7 @@ def test_pieces_of_the_published_set_ups(tmp_path, monkeypatch):
             assert numbers["peak_memory"]["process_bytes"] > 2**27
             np.testing.assert_allclose(numbers["flops_per_s"], numbers["flops"] / numbers["latency_s"])
     flops = {case: [done[case][name]["flops"] for name in names] for case, names in programs.items()}
-    assert 2 < flops["a"][0] / sum(flops["b"]) < 3
+    assert 2 < flops["a"][0] / sum(flops["b"]) < 3.5
     assert flops["c"][1] == 4 * flops["c"][0]
     soft_tokens = 2 * 4 * tiny_objects.CODES * SHARED["transformer"]["dim"]
     assert flops["e"][0] == flops["f"][0] + soft_tokens

@@ -59,15 +59,15 @@ def test_partition_gives_squares_in_reading_order():
 
 
 @pytest.mark.parametrize(("height", "width", "window", "shift"), [(6, 9, 3, 1), (4, 8, 4, 2), (5, 5, 5, 2)])
-def test_shift_mask_separates_what_the_roll_brought_together(height, width, window, shift):
-    mask = swin_v2.shift_mask(height, width, window, shift)
+def test_shift_regions_separate_what_the_roll_brought_together(height, width, window, shift):
+    regions = swin_v2.shift_regions(height, width, window, shift)
     wrapped = np.zeros((1, height, width, 2), bool)
     wrapped[:, height - shift :, :, 0] = True  # after the roll these rows and columns come from the other border
     wrapped[:, :, width - shift :, 1] = True
     parts = swin_v2.partition(wrapped, window)
     together = (parts[:, :, None] == parts[:, None]).all(-1)
-    np.testing.assert_array_equal(mask, np.where(together, 0, -100))
-    assert mask.shape == (height * width // window**2, window**2, window**2)
+    np.testing.assert_array_equal(regions[:, :, None] == regions[:, None], together)
+    assert regions.shape == (height * width // window**2, window**2)
 
 
 def patch_influence(model, variables, image):
@@ -190,8 +190,8 @@ def test_remat_changes_nothing_but_memory(images, variables, policy):
         return jax.value_and_grad(loss, has_aux=True)
 
     plain, remat = (value_and_gradient(ONE_STAGE.clone(remat=r)) for r in ("none", policy))
-    assert "remat" in str(jax.make_jaxpr(remat)(variables))
-    assert "remat" not in str(jax.make_jaxpr(plain)(variables))
+    count = [str(jax.make_jaxpr(each)(variables)).count("remat") for each in (plain, remat)]
+    assert count[0] < count[1]  # attention always is
     ((_, expected), plain_gradient), ((_, output), gradient) = jax.jit(plain)(variables), jax.jit(remat)(variables)
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain_gradient), strict=True):

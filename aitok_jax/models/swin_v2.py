@@ -13,6 +13,7 @@ import numpy as np
 from aitok_jax.models.remat import policy_name, rematerialized
 
 MAX_LOGIT_SCALE = math.log(100.0)
+APART = -100.0  # added to the logits of pairs that must not see each other
 INIT_STD = 0.02  # of linear layers and embeddings
 trunc_normal = nn.initializers.truncated_normal(INIT_STD)
 
@@ -28,24 +29,23 @@ def relative_coordinates(window: int, pretrain_window: int) -> np.ndarray:
     return (np.sign(table) * np.log2(1 + np.abs(table)) / np.log2(8)).astype(np.float32)
 
 
-def relative_index(window: int) -> np.ndarray:
+def relative_index(window: int) -> jax.Array:
     """int32[w², w²]: the row of `relative_coordinates` of every (query, key) pair of a window."""
-    y, x = np.divmod(np.arange(window * window, dtype=np.int32), window)
+    y, x = jnp.divmod(jnp.arange(window * window, dtype=jnp.int32), window)
     rows = y[:, None] - y[None] + window - 1
     columns = x[:, None] - x[None] + window - 1
     return rows * (2 * window - 1) + columns
 
 
-def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
-    """f32[windows, w², w²] of 0 and −100: which pairs of a shifted window come from one region of the padded grid."""
+def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarray:
+    """int32[windows, w²]: the part of the padded grid that every position of a shifted window comes from."""
 
     def region(size):
         index = np.arange(size)
         return (index >= size - window).astype(np.int32) + (index >= size - shift)
 
     regions = 3 * region(height)[:, None] + region(width)[None]
-    parts = partition(regions[None, :, :, None], window)[..., 0]
-    return np.where(parts[:, :, None] == parts[:, None], 0.0, -100.0).astype(np.float32)
+    return partition(regions[None, :, :, None], window)[..., 0]
 
 
 def partition(x_BHWC, window: int):
@@ -76,7 +76,11 @@ class DropPath(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Cosine attention inside windows, [N, w², C] -> [N, w², C]; logits, bias and softmax in float32."""
+    """Cosine attention inside windows, [N, w², C] -> [N, w², C]; logits, bias and softmax in float32.
+
+    One head follows the other, and the backward pass computes logits and weights again, so that neither they nor the
+    position bias of all heads, N·heads·w⁴ and heads·w⁴ numbers, are in memory at once.
+    """
 
     dim: int
     num_heads: int
@@ -86,37 +90,42 @@ class WindowAttention(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_NTC: jax.Array, mask: np.ndarray | None) -> jax.Array:
+    def __call__(self, x_NTC: jax.Array, regions_WT: np.ndarray | None) -> jax.Array:
+        """Of `regions_WT`, those of the W windows of an image, only pairs of the same region see each other."""
         n, t, c = x_NTC.shape
         heads = self.num_heads
         q_bias = self.param("q_bias", nn.initializers.zeros, (c,), self.param_dtype)
         v_bias = self.param("v_bias", nn.initializers.zeros, (c,), self.param_dtype)
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
         qkv = _dense(3 * c, "qkv", self, use_bias=False)(x_NTC) + bias.reshape(1, 1, -1)
-        q, k, v = jnp.moveaxis(qkv.reshape(n, t, 3, heads, c // heads), 2, 0)  # N T h d
+        q, k, v = qkv.reshape(n, t, 3, heads, c // heads).transpose(2, 3, 0, 1, 4)  # h N T d
 
         init_scale = nn.initializers.constant(math.log(10.0))
         log_scale_h = self.param("logit_scale", init_scale, (heads,), self.param_dtype)
         scale_h = jnp.exp(jnp.minimum(log_scale_h.astype(jnp.float32), MAX_LOGIT_SCALE))
-        q = _unit(q) * scale_h.reshape(1, 1, -1, 1)
-        logits = jnp.einsum("nqhd,nkhd->nhqk", q, _unit(k), preferred_element_type=jnp.float32)
-        logits += self._position_bias()[None]
-        if mask is not None:
-            logits = logits.reshape(-1, mask.shape[0], heads, t, t) + mask[None, :, None]
-            logits = logits.reshape(n, heads, t, t)
-        weights = jax.nn.softmax(logits).astype(self.dtype)
-        out = jnp.einsum("nhqk,nkhd->nqhd", weights, v).reshape(n, t, c)
-        return _dense(c, "proj", self)(out)
+        q = _unit(q) * scale_h.reshape(-1, 1, 1, 1)
+
+        def attend(head):
+            q_NTd, k_NTd, v_NTd, bias_P = head
+            logits = jnp.einsum("nqd,nkd->nqk", q_NTd, k_NTd, preferred_element_type=jnp.float32)
+            logits += bias_P[relative_index(self.window)][None]
+            if regions_WT is not None:
+                apart = regions_WT[:, :, None] != regions_WT[:, None]
+                logits = logits.reshape(-1, *apart.shape) + jnp.where(apart, APART, 0.0)[None]
+                logits = logits.reshape(n, t, t)
+            return jnp.einsum("nqk,nkd->nqd", jax.nn.softmax(logits).astype(self.dtype), v_NTd)
+
+        out_hNTd = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), (q, _unit(k), v, self._position_bias()))
+        return _dense(c, "proj", self)(out_hNTd.transpose(1, 2, 0, 3).reshape(n, t, c))
 
     def _position_bias(self) -> jax.Array:
-        """f32[heads, w², w²], in 0..16."""
+        """f32[heads, (2w−1)²], in 0..16: of every offset."""
         table = jnp.asarray(relative_coordinates(self.window, self.pretrain_window))
         hidden = nn.relu(nn.Dense(512, kernel_init=trunc_normal, param_dtype=self.param_dtype, name="rpe_mlp_0")(table))
         per_offset = nn.Dense(
             self.num_heads, use_bias=False, kernel_init=trunc_normal, param_dtype=self.param_dtype, name="rpe_mlp_2"
         )(hidden)
-        bias = 16 * jax.nn.sigmoid(per_offset)
-        return jnp.transpose(bias[relative_index(self.window)], (2, 0, 1))
+        return 16 * jax.nn.sigmoid(per_offset).T
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -181,14 +190,14 @@ class SwinBlock(nn.Module):
         _, h, w, _ = x.shape
         ph, pw = (-(-size // self.window) * self.window for size in (h, w))
         x = jnp.pad(x, ((0, 0), (0, ph - h), (0, pw - w), (0, 0)))
-        mask = None
+        regions = None
         if self.shift:
             x = jnp.roll(x, (-self.shift, -self.shift), (1, 2))
-            mask = shift_mask(ph, pw, self.window, self.shift)
+            regions = shift_regions(ph, pw, self.window, self.shift)
         attention = WindowAttention(
             self.dim, self.num_heads, self.window, self.pretrain_window, self.dtype, self.param_dtype, name="attn"
         )
-        x = unpartition(attention(partition(x, self.window), mask), self.window, ph, pw)
+        x = unpartition(attention(partition(x, self.window), regions), self.window, ph, pw)
         if self.shift:
             x = jnp.roll(x, (self.shift, self.shift), (1, 2))
         return x[:, :h, :w]
