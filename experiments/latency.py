@@ -126,17 +126,22 @@ def _compiled(function: Any, *args: Any) -> tuple[Any, Any, float]:
 
 def tokens(decoded: Any) -> int:
     """How many tokens of an image were decoded, one after the other or at once."""
-    steps = getattr(decoded, "steps", None)  # of a loop that may end early
-    return decoded.tokens.shape[1] if steps is None else int(steps)
+    return int(decoded.steps) if hasattr(decoded, "steps") else decoded.tokens.shape[1]
+
+
+def while_steps(decoded: Any) -> int | None:
+    """How often the loop over objects ran, which may end early; the steps of depth are counted in the program."""
+    return int(decoded.steps) // decoded.tokens.shape[2] if hasattr(decoded, "steps") else None
 
 
 def _numbers(programs: dict[str, Program], batch_size: int, matmul: float) -> dict[str, Any]:
     if "memory" in programs:
-        count = tokens(programs["decode"].result)
+        decoded = programs["decode"].result
+        count, loops = tokens(decoded), while_steps(decoded)
         per_token = {"ms_per_token": 1e3 * programs["decode"].latency_s / count}
     else:
-        count, per_token = int(np.prod(programs["encode"].result.shape[1:])), {}
-    numbers = {name: program.numbers(count, matmul) for name, program in programs.items()}
+        count, loops, per_token = int(np.prod(programs["encode"].result.shape[1:])), None, {}
+    numbers = {name: program.numbers(loops, matmul) for name, program in programs.items()}
     whole = numbers.pop("whole")
     rate = {"images_per_s": batch_size / whole["latency_s"], "tokens": count, **per_token}
     return whole | rate | {"parts": numbers}

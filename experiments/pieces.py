@@ -77,7 +77,7 @@ def _decoding(name: str, arg: str | None = None) -> Callable[[], Programs]:
         task, params, _ = _random(load(name).get_config(arg))
         memory = latency.random_weights(jax.eval_shape(task.memory, params, _batch(task, 1)["image"]))
         program = latency.timed(task.decode, {"transformer": params["transformer"]}, memory)
-        yield "decode", program, roofline.compute_dtype(task), latency.tokens(program.result)
+        yield "decode", program, roofline.compute_dtype(task), latency.while_steps(program.result)
 
     return programs
 

@@ -88,7 +88,7 @@ def test_memory_keys_and_values_are_computed_once(params, features, tokens):
     memory = TINY.apply(
         {"params": params}, TINY.apply({"params": params}, features, method="encode"), method="memory_keys_values"
     )
-    assert [k.shape for layer in memory for k in layer] == [(2, 6, 2, 8)] * 4
+    assert [k.shape for layer in memory for k in layer] == [(2, 2, 6, 8)] * 4
 
     def value(params):
         return jnp.sum(TINY.apply({"params": params}, memory, tokens, 1, method="decode") ** 2)

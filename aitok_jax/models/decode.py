@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from aitok_jax.models.transformer import KeyValue, TokenTransformer
+from aitok_jax.models.transformer import Cache, KeyValue, TokenTransformer
 from aitok_jax.vocab import Window
 
 
@@ -70,35 +73,59 @@ def decode(
     if top_p > 0 and rng is None:
         raise ValueError(f"top_p={top_p} samples and needs an rng; pass one, or top_p=0 for greedy decoding")
 
+    if transformer.parallel:
+        tokens = jnp.zeros((memory[0][0].shape[0], length - 1), jnp.int32)
+        logits = transformer.apply({"params": params}, memory, tokens, task, False, window.slice, method="decode")
+        if rng is None:
+            return Decoded(choose(logits, top_p, None), logits)
+        keys = jax.random.split(rng, length)
+        tokens = jax.vmap(lambda l, key: choose(l, top_p, key), (1, 0), 1)(logits, keys)
+        return Decoded(tokens, logits)
+    start, advance = stepping(transformer, params, memory, task, length)
+
+    def step(state, key):
+        state, tokens_B, logits_BK = advance(state, window.slice, lambda l, _: choose(l, top_p, key), soft_input)
+        return state, (tokens_B, logits_BK)
+
+    keys = None if rng is None else jax.random.split(rng, length)
+    _, (tokens_TB, logits_TBK) = jax.lax.scan(step, start, keys, length)
+    return Decoded(tokens_TB.T, jnp.swapaxes(logits_TBK, 0, 1))
+
+
+class State(NamedTuple):
+    """Between two steps: the number of the next, its input before the position is added, keys and values so far."""
+
+    index: jax.Array
+    x_BD: jax.Array
+    cache: list[Cache]
+
+
+def stepping(
+    transformer: TokenTransformer, params: dict, memory: list[KeyValue], task: int, length: int
+) -> tuple[State, Callable]:
+    """The state before the first of `length` steps, and the function that makes one.
+
+    `advance(state, window, pick, soft)` gives (state, tokens int32[B], logits f32[B,K]) of the K ids in the slice
+    `window`; `pick(logits, index)` chooses the tokens, counted from its start. The next input is their embedding, or
+    with `soft` the embeddings of the window weighted by their probabilities.
+    """
+
     def call(method, *args):
         return transformer.apply({"params": params}, *args, method=method)
 
-    keys = None if rng is None else jax.random.split(rng, length)
-    if transformer.parallel:
-        batch = memory[0][0].shape[0]
-        tokens = jnp.zeros((batch, length - 1), jnp.int32)
-        logits = call("decode", memory, tokens, task, False, window.slice)
-        if keys is None:
-            return Decoded(choose(logits, top_p, None), logits)
-        tokens = jax.vmap(lambda l, key: choose(l, top_p, key), (1, 0), 1)(logits, keys)
-        return Decoded(tokens, logits)
-    return _scan(call, transformer, params, memory, task, length, window, soft_input, top_p, keys)
-
-
-def _scan(call, transformer, params, memory, task, length, window, soft_input, top_p, keys) -> Decoded:
     batch = memory[0][0].shape[0]
-    embed_KD = params["voc_embed"][window.slice].astype(jnp.float32)
+    positions_TD = call("positions", task, length)[0]
+    embed_VD = params["voc_embed"].astype(jnp.float32)
 
-    def step(carry, xs):
-        x_BD, cache = carry
-        index, position_1D, key = xs
-        out_BD, cache = call("step", x_BD.astype(transformer.dtype) + position_1D, memory, cache, index)
-        logits_BK = call("logits", out_BD, window.slice)
-        tokens_B = choose(logits_BK, top_p, key)
-        x_BD = jax.nn.softmax(logits_BK) @ embed_KD if soft_input else embed_KD[tokens_B]
-        return (x_BD, cache), (tokens_B, logits_BK)
+    def advance(state: State, window: slice, pick: Callable, soft: bool) -> tuple[State, jax.Array, jax.Array]:
+        position_1D = jax.lax.dynamic_slice_in_dim(positions_TD, state.index, 1)
+        x_BD = state.x_BD.astype(transformer.dtype) + position_1D
+        out_BD, cache = call("step", x_BD, memory, state.cache, state.index)
+        logits_BK = call("logits", out_BD, window)
+        tokens_B = pick(logits_BK, state.index)
+        embed_KD = embed_VD[window]
+        x_BD = jax.nn.softmax(logits_BK) @ embed_KD if soft else embed_KD[tokens_B]
+        return State(state.index + 1, x_BD, cache), tokens_B, logits_BK
 
-    positions_T1D = jnp.swapaxes(call("positions", task, length), 0, 1)
-    start = (call("start", task, batch)[:, 0].astype(jnp.float32), call("empty_cache", batch, length))
-    _, (tokens_TB, logits_TBK) = jax.lax.scan(step, start, (jnp.arange(length), positions_T1D, keys))
-    return Decoded(tokens_TB.T, jnp.swapaxes(logits_TBK, 0, 1))
+    x_BD = call("start", task, batch)[:, 0].astype(jnp.float32)
+    return State(jnp.zeros((), jnp.int32), x_BD, call("empty_cache", batch, length)), advance

@@ -1,13 +1,12 @@
-"""Decoding of object sequences: one compiled loop, every slot within its window (AIT.md section 6.2)."""
+"""Decoding of object sequences: one compiled loop over objects, every slot within its window (AIT.md section 6.2)."""
 
 from __future__ import annotations
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from aitok_jax.models.decode import nucleus
+from aitok_jax.models.decode import choose, stepping
 from aitok_jax.models.transformer import KeyValue, TokenTransformer
 from aitok_jax.sequences import CLASS_SLOT
 from aitok_jax.vocab import Vocabulary
@@ -59,83 +58,67 @@ def decode_objects(
         raise ValueError("the parallel model has no steps: objects need parallel=False")
     if top_p > 0 and rngs_B is None:
         raise ValueError(f"top_p={top_p} samples and needs one key a row; pass them, or top_p=0 for greedy decoding")
-    slots = vocabulary.object_slots(mask_tokens)
-    length, total = len(slots), len(slots) * num_objects
-    legal_LV = np.zeros((length, vocabulary.size), bool)
-    for row, window in zip(legal_LV, slots, strict=True):
-        row[window.slice] = True
-    legal_LV = jnp.asarray(legal_LV)
+    length = len(vocabulary.object_slots(mask_tokens))
     batch = memory[0][0].shape[0]
-    codes = vocabulary.mask_codes
+    start, advance = stepping(transformer, params, memory, task, length * num_objects)
+    classes, codes = vocabulary.classes, vocabulary.mask_codes
+    labels = slice(classes.start, vocabulary.noise + 1)
 
-    def call(method, *args):
-        return transformer.apply({"params": params}, *args, method=method)
+    def pick(logits_BK, index):
+        return _choose(logits_BK, top_p, rngs_B, index)
 
-    embed_VD = params["voc_embed"].astype(jnp.float32)
-    positions_TD = call("positions", task, total)[0]
+    def coordinate(state, _):
+        state, tokens_B, _ = advance(state, vocabulary.coordinates.slice, pick, False)
+        return state, vocabulary.coordinates.start + tokens_B
 
-    def step(carry):
-        index, x_BD, cache, run_B, out = carry
-        slot = index % length
-        position_1D = jax.lax.dynamic_slice_in_dim(positions_TD, index, 1)
-        out_BD, cache = call("step", x_BD.astype(transformer.dtype) + position_1D, memory, cache, index)
-        logits_BV = call("logits", out_BD)
-        masked_BV = jnp.where(jax.lax.dynamic_slice_in_dim(legal_LV, slot, 1), logits_BV, -jnp.inf)
-        tokens_B = _choose(masked_BV, top_p, rngs_B, index)
-        score_B, noise_B = _label(logits_BV, tokens_B, vocabulary)
-        is_class = slot == CLASS_SLOT
-        run_B = jnp.where(is_class, jnp.where(noise_B, run_B + 1, 0), run_B)
-        x_BD = embed_VD[tokens_B]
-        if soft_input and mask_tokens:
-            x_BD = jnp.where(slot > CLASS_SLOT, jax.nn.softmax(masked_BV) @ embed_VD, x_BD)
-        new = (tokens_B, score_B, noise_B, logits_BV[:, codes.slice] if mask_tokens else logits_BV[:, :0])
-        out = jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, 1), out, new)
-        return index + 1, x_BD, cache, run_B, out
+    def code(state, _):
+        state, tokens_B, logits_BK = advance(state, codes.slice, pick, soft_input)
+        return state, (codes.start + tokens_B, logits_BK)
+
+    def one_object(carry):
+        number, state, run_B, out = carry
+        state, box_4B = jax.lax.scan(coordinate, state, length=CLASS_SLOT)
+        state, class_B, label_logits_BK = advance(
+            state, labels, lambda l, index: pick(l[:, : classes.size], index), False
+        )
+        state, (codes_mB, logits_mBK) = jax.lax.scan(code, state, length=mask_tokens)
+        score_B, noise_B = _label(label_logits_BK, class_B, classes.size)
+        tokens_LB = jnp.concatenate([box_4B, classes.start + class_B[None], codes_mB])
+        new = (tokens_LB, score_B, noise_B, logits_mBK)
+        out = jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, number, 0), out, new)
+        return number + 1, state, jnp.where(noise_B, run_B + 1, 0), out
 
     def unfinished(carry):
-        index, _, _, run_B, _ = carry
-        if not early_exit:
-            return index < total
-        finished = jnp.all(run_B >= early_exit) & (index % length == 0)
-        return (index < total) & ~finished
+        number, _, run_B, _ = carry
+        finished = jnp.all(run_B >= early_exit) if early_exit else False
+        return (number < num_objects) & ~jnp.asarray(finished)
 
-    start = (
-        jnp.zeros((), jnp.int32),
-        call("start", task, batch)[:, 0].astype(jnp.float32),
-        call("empty_cache", batch, total),
-        jnp.zeros(batch, jnp.int32),
-        (
-            jnp.zeros((batch, total), jnp.int32),
-            jnp.zeros((batch, total)),
-            jnp.ones((batch, total), bool),
-            jnp.zeros((batch, total, codes.size if mask_tokens else 0)),
-        ),
+    out = (
+        jnp.zeros((num_objects, length, batch), jnp.int32),
+        jnp.zeros((num_objects, batch)),
+        jnp.ones((num_objects, batch), bool),
+        jnp.zeros((num_objects, mask_tokens, batch, codes.size)),
     )
-    steps, _, _, _, (tokens, scores, noise, logits) = jax.lax.while_loop(unfinished, step, start)
-
-    def rows(x):
-        return x.reshape(batch, num_objects, length, *x.shape[2:])
-
-    class_scores, class_noise = rows(scores)[..., CLASS_SLOT], rows(noise)[..., CLASS_SLOT]
-    return DecodedObjects(rows(tokens), class_scores, class_noise, rows(logits)[:, :, CLASS_SLOT + 1 :], steps)
+    carry = (jnp.zeros((), jnp.int32), start, jnp.zeros(batch, jnp.int32), out)
+    number, _, _, (tokens_NLB, scores_NB, noise_NB, logits_NmBK) = jax.lax.while_loop(unfinished, one_object, carry)
+    return DecodedObjects(
+        jnp.moveaxis(tokens_NLB, 2, 0), scores_NB.T, noise_NB.T, jnp.moveaxis(logits_NmBK, 2, 0), number * length
+    )
 
 
-def _choose(masked_BV: jax.Array, top_p: float, rngs_B: jax.Array | None, index: jax.Array) -> jax.Array:
+def _choose(logits_BK: jax.Array, top_p: float, rngs_B: jax.Array | None, index: jax.Array) -> jax.Array:
     if top_p == 0:
-        return jnp.argmax(masked_BV, -1).astype(jnp.int32)
-    kept_BV = nucleus(jax.nn.softmax(masked_BV), top_p)
+        return choose(logits_BK, top_p, None)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(rngs_B, index)
-    return jax.vmap(jax.random.categorical)(keys_B, jnp.log(kept_BV)).astype(jnp.int32)
+    return jax.vmap(lambda l, key: choose(l[None], top_p, key)[0])(logits_BK, keys_B)
 
 
-def _label(logits_BV: jax.Array, tokens_B: jax.Array, vocabulary: Vocabulary) -> tuple[jax.Array, jax.Array]:
-    """Of a class position: probability of the chosen class, and whether the noise label is more probable than any."""
-    classes = vocabulary.classes
-    classes_BC, noise_B1 = logits_BV[:, classes.slice], logits_BV[:, vocabulary.noise, None]
-    probabilities = jax.nn.softmax(jnp.concatenate([classes_BC, noise_B1], -1))
-    chosen_B1 = jnp.clip(tokens_B - classes.start, 0, classes.size - 1)[:, None]
-    score_B = jnp.take_along_axis(probabilities, chosen_B1, -1)[:, 0]
-    return score_B, jnp.argmax(probabilities, -1) == classes.size
+def _label(logits_BK: jax.Array, tokens_B: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """Of logits of classes, end of sequence and noise: probability of the class, and whether noise is the likeliest."""
+    kept_BC = jnp.concatenate([logits_BK[:, :num_classes], logits_BK[:, -1:]], -1)
+    probabilities = jax.nn.softmax(kept_BC)
+    score_B = jnp.take_along_axis(probabilities, tokens_B[:, None], -1)[:, 0]
+    return score_B, jnp.argmax(probabilities, -1) == num_classes
 
 
 def check_decoding(top_p: float, early_exit: int) -> None:

@@ -10,7 +10,10 @@ import numpy as np
 from aitok_jax.models.remat import policy_name, rematerialized
 from aitok_jax.models.swin_v2 import DropPath, Mlp, trunc_normal
 
-KeyValue = tuple[jax.Array, jax.Array]  # each [B, T, heads, d]
+KeyValue = tuple[jax.Array, jax.Array]  # each [B, heads, T, d]
+Cache = tuple[jax.Array, jax.Array]
+"""Keys and values so far, each [B·heads, T, d], as the products of a step take them: with another layout, or one axis
+more, XLA copies the whole cache at every step."""
 
 
 def sine_positions(height: int, width: int, dim: int, temperature: float = 10000.0) -> np.ndarray:
@@ -45,25 +48,25 @@ class Attention(nn.Module):
         self.wq, self.wk, self.wv, self.proj = (_dense(self.dim, self) for _ in range(4))
 
     def keys_values(self, x_BTD: jax.Array) -> KeyValue:
-        """[B,T,D] -> keys and values, each [B,T,heads,d]."""
+        """[B,T,D] -> keys and values, each [B,heads,T,d]."""
         return self._split(self.wk(x_BTD)), self._split(self.wv(x_BTD))
 
     def attend(self, x_BQD: jax.Array, keys_values: KeyValue, mask: jax.Array | None = None) -> jax.Array:
         """Queries of x [B,Q,D] over the keys; mask bool, broadcast against [B,heads,Q,T], True where allowed."""
         keys, values = keys_values
         queries = self._split(self.wq(x_BQD)) * (self.dim // self.num_heads) ** -0.5
-        logits = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys, preferred_element_type=jnp.float32)
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits).astype(self.dtype)
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+        out = jnp.einsum("bhqk,bhkd->bqhd", weights, values)
         return self.proj(out.reshape(*out.shape[:2], self.dim))
 
     def __call__(self, x_BTD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         return self.attend(x_BTD, self.keys_values(x_BTD), mask)
 
     def _split(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], self.num_heads, self.dim // self.num_heads)
+        return x.reshape(*x.shape[:2], self.num_heads, self.dim // self.num_heads).swapaxes(1, 2)
 
 
 class EncoderBlock(nn.Module):
@@ -116,15 +119,17 @@ class DecoderBlock(nn.Module):
         x = x_BTD + self.drop_path_layer(self.attn(self.norm1(x_BTD), causal), train)
         return self._rest(x, memory, train)
 
-    def step(self, x_B1D: jax.Array, memory: KeyValue, cache: KeyValue, index: jax.Array) -> tuple[jax.Array, KeyValue]:
+    def step(self, x_B1D: jax.Array, memory: KeyValue, cache: Cache, index: jax.Array) -> tuple[jax.Array, Cache]:
         """One position: writes its keys and values at `index` of the cache and attends to positions 0..index."""
         normed = self.norm1(x_B1D)
+        new = self.attn.keys_values(normed)
         cache = tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
-            for old, new in zip(cache, self.attn.keys_values(normed), strict=True)
+            jax.lax.dynamic_update_slice_in_dim(old, each.reshape(-1, *each.shape[2:]), index, axis=1)
+            for old, each in zip(cache, new, strict=True)
         )
         seen = (jnp.arange(cache[0].shape[1]) <= index).reshape(1, 1, 1, -1)
-        return self._rest(x_B1D + self.attn.attend(normed, cache, seen), memory, False), cache
+        keys_values = tuple(each.reshape(*new[0].shape[:2], *each.shape[1:]) for each in cache)
+        return self._rest(x_B1D + self.attn.attend(normed, keys_values, seen), memory, False), cache
 
     def _rest(self, x: jax.Array, memory: KeyValue, train: bool) -> jax.Array:
         x += self.drop_path_layer(self.crossattn.attend(self.norm2(x), memory), train)
@@ -259,14 +264,14 @@ class TokenTransformer(nn.Module):
         table_VD, bias_V = self.voc_embed[window].astype(jnp.float32), self.outp_bias[window].astype(jnp.float32)
         return jnp.einsum("...d,vd->...v", x, table_VD) + jnp.expand_dims(bias_V, range(x.ndim - 1))
 
-    def empty_cache(self, batch: int, length: int) -> list[KeyValue]:
+    def empty_cache(self, batch: int, length: int) -> list[Cache]:
         """Zeros for `length` positions of every decoder layer."""
-        shape = (batch, length, self.num_heads, self.dim // self.num_heads)
+        shape = (batch * self.num_heads, length, self.dim // self.num_heads)
         return [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(self.decoder_layers)]
 
     def step(
-        self, x_BD: jax.Array, memory: list[KeyValue], cache: list[KeyValue], index: jax.Array
-    ) -> tuple[jax.Array, list[KeyValue]]:
+        self, x_BD: jax.Array, memory: list[KeyValue], cache: list[Cache], index: jax.Array
+    ) -> tuple[jax.Array, list[Cache]]:
         """One decoding step: input vector (embedding + position) -> decoder output [B,D] and the cache with it in."""
         x, new = x_BD[:, None], []
         for block, keys_values, old in zip(self.decoder.blocks, memory, cache, strict=True):
