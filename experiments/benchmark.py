@@ -19,7 +19,9 @@ change them. --compare prints new / old of every number.
 
 Every case runs in a process of its own, so that `peak_memory` is its own: `process_bytes` of the host, with imports and
 compilation, and `device_bytes` of the device that takes most, where it counts them (GPU, TPU; a CPU's are the
-process's). Compiled programs are not taken from a cache.
+process's). Compiled programs are not taken from a cache. Where GLIBC_TUNABLES is not set, the C
+library (of Linux) is told to take huge pages: on a CPU, XLA asks for all memory of a program anew at each run, and
+getting it in small pages is up to half of the time.
 
 `flops` are those of all matrix products and convolutions, loops counted as often as they run (see roofline.py);
 `share_of_matmul` compares their rate with that of a large matrix product in the same dtype, on the same devices, in the
@@ -80,6 +82,7 @@ def measure(
             raise ValueError(f"--cases: {config_utils.unknown(case, CASES)}")
         if case in OF_CONFIG and config is None:
             raise ValueError(f"--cases={case} needs --config=configs/X.py")
+    os.environ.setdefault("GLIBC_TUNABLES", roofline.HUGE_PAGES)  # read when the process of a case starts
     fields = None if config is None else config.to_dict()
     report = {"environment": {}, "cases": {}}
     for case in names:
@@ -97,7 +100,10 @@ def _in_process(case: str, folder: Path, fields: dict | None, *options: int) -> 
     jax.config.update("jax_enable_compilation_cache", False)
     config = None if fields is None else ConfigDict(fields)
     numbers = measure_case(case, folder, config, *options)
-    return run_dir.environment(sharding.make_mesh()) | {"cores": _cores()}, numbers
+    return run_dir.environment(sharding.make_mesh()) | {
+        "cores": _cores(),
+        "tunables": os.environ["GLIBC_TUNABLES"],
+    }, numbers
 
 
 def measure_case(

@@ -6,7 +6,8 @@
 
 Its cases have the names, sizes and arithmetic of `pieces.py`, and its report the form of `benchmark.py`'s, so that
 --compare prints the ratio JAX / PyTorch. Run one after the other on a quiet machine. glibc is told to keep freed
-memory, without which PyTorch on a CPU spends up to half of its time getting it back. Needs no JAX.
+memory and, as in `benchmark.py`, to take huge pages, without which PyTorch on a CPU spends up to half of its time
+getting memory back. Needs no JAX.
 """
 
 import argparse
@@ -198,6 +199,7 @@ def main() -> int:
     if unknown := [name for name in names if name not in CASES]:
         print(f"error: --cases: {', '.join(unknown)} unknown; valid are {', '.join(CASES)}", file=sys.stderr)
         return 1
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read when the process of a case starts
     report = {"environment": {"torch": torch.__version__, "cores": _cores()}, "cases": {}}
     for name in names:
         with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # of GLIBC_TUNABLES
 SIDE, CPU_SIDE = 8192, 2048  # of the matrices whose product is timed
 LEAST_RUNS, LEAST_SECONDS, MOST_RUNS = 5, 1.0, 100  # of one measurement
 
