@@ -169,6 +169,28 @@ def test_patch_merging_order():
     np.testing.assert_allclose(PatchMerging().apply({"params": params}, x)[0, 0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("windows", [1, 4])
+def test_gradients_of_attention(windows):
+    """The backward pass is written by hand; the reference is plain softmax attention, differentiated by JAX."""
+    rng = np.random.default_rng(0)
+    shapes = [(2 * windows, 9, 5)] * 3 + [(25,)]
+    head = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    weight = jnp.asarray(rng.normal(size=shapes[0]), jnp.float32)
+    regions = rng.integers(0, 2, (windows, 9)) if windows > 1 else None
+
+    def plain(q, k, v, bias):
+        logits = q @ k.swapaxes(1, 2) + bias[swin_v2.relative_index(3)][None]
+        if regions is not None:
+            logits -= np.tile(100.0 * (regions[:, :, None] != regions[:, None]), (2, 1, 1))
+        return jax.nn.softmax(logits) @ v
+
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(lambda *head, f=f: jnp.sum(f(*head) * weight), (0, 1, 2, 3)))(*head)
+        for f in (swin_v2._attention(3, regions), plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
+
+
 def test_drop_path_drops_whole_examples():
     x = jnp.ones((64, 2, 3))
     dropped = DropPath(0.25).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
@@ -190,8 +212,8 @@ def test_remat_changes_nothing_but_memory(images, variables, policy):
         return jax.value_and_grad(loss, has_aux=True)
 
     plain, remat = (value_and_gradient(ONE_STAGE.clone(remat=r)) for r in ("none", policy))
-    count = [str(jax.make_jaxpr(each)(variables)).count("remat") for each in (plain, remat)]
-    assert count[0] < count[1]  # attention always is
+    assert "remat" in str(jax.make_jaxpr(remat)(variables))
+    assert "remat" not in str(jax.make_jaxpr(plain)(variables))
     ((_, expected), plain_gradient), ((_, output), gradient) = jax.jit(plain)(variables), jax.jit(remat)(variables)
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain_gradient), strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -104,18 +104,8 @@ class WindowAttention(nn.Module):
         log_scale_h = self.param("logit_scale", init_scale, (heads,), self.param_dtype)
         scale_h = jnp.exp(jnp.minimum(log_scale_h.astype(jnp.float32), MAX_LOGIT_SCALE))
         q = _unit(q) * scale_h.reshape(-1, 1, 1, 1)
-
-        def attend(head):
-            q_NTd, k_NTd, v_NTd, bias_P = head
-            logits = jnp.einsum("nqd,nkd->nqk", q_NTd, k_NTd, preferred_element_type=jnp.float32)
-            logits += bias_P[relative_index(self.window)][None]
-            if regions_WT is not None:
-                apart = regions_WT[:, :, None] != regions_WT[:, None]
-                logits = logits.reshape(-1, *apart.shape) + jnp.where(apart, APART, 0.0)[None]
-                logits = logits.reshape(n, t, t)
-            return jnp.einsum("nqk,nkd->nqd", jax.nn.softmax(logits).astype(self.dtype), v_NTd)
-
-        out_hNTd = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), (q, _unit(k), v, self._position_bias()))
+        attend = _attention(self.window, regions_WT)
+        out_hNTd = jax.lax.map(lambda head: attend(*head), (q, _unit(k), v, self._position_bias()))
         return _dense(c, "proj", self)(out_hNTd.transpose(1, 2, 0, 3).reshape(n, t, c))
 
     def _position_bias(self) -> jax.Array:
@@ -126,6 +116,47 @@ class WindowAttention(nn.Module):
             self.num_heads, use_bias=False, kernel_init=trunc_normal, param_dtype=self.param_dtype, name="rpe_mlp_2"
         )(hidden)
         return 16 * jax.nn.sigmoid(per_offset).T
+
+
+def _attention(window: int, regions_WT: np.ndarray | None) -> Callable[..., jax.Array]:
+    """Attention of one head in N windows: (q, k, v f32/bf16[N,T,d], bias f32[P] of every offset) -> [N,T,d].
+
+    The backward pass computes the weights P again. With O = PV, the sum that the gradient of a softmax takes over keys
+    is that of dO·O over channels (FlashAttention, arXiv 2205.14135): dS = P(dP − Σ dO·O).
+    """
+
+    def weights(q_NTd, k_NTd, bias_P):
+        logits = jnp.einsum("nqd,nkd->nqk", q_NTd, k_NTd, preferred_element_type=jnp.float32)
+        logits += bias_P[relative_index(window)][None]
+        if regions_WT is not None:
+            apart = regions_WT[:, :, None] != regions_WT[:, None]
+            masked = logits.reshape(-1, *apart.shape) + jnp.where(apart, APART, 0.0)[None]
+            logits = masked.reshape(logits.shape)
+        return jax.nn.softmax(logits)
+
+    @jax.custom_vjp
+    def attend(q_NTd, k_NTd, v_NTd, bias_P):
+        return jnp.einsum("nqk,nkd->nqd", weights(q_NTd, k_NTd, bias_P).astype(v_NTd.dtype), v_NTd)
+
+    def forward(*head):
+        out = attend(*head)
+        return out, (head, out)
+
+    def backward(kept, dout_NTd):
+        (q, k, v, bias_P), out_NTd = kept
+        p_NTT = weights(q, k, bias_P)
+        dp_NTT = jnp.einsum("nqd,nkd->nqk", dout_NTd, v, preferred_element_type=jnp.float32)
+        total_NT1 = jnp.sum((dout_NTd * out_NTd).astype(jnp.float32), -1, keepdims=True)
+        ds_NTT = p_NTT * (dp_NTT - total_NT1)
+        dq = jnp.einsum("nqk,nkd->nqd", ds_NTT, k.astype(jnp.float32))
+        dk = jnp.einsum("nqk,nqd->nkd", ds_NTT, q.astype(jnp.float32))
+        dv = jnp.einsum("nqk,nqd->nkd", p_NTT.astype(v.dtype), dout_NTd)
+        dbias_TT = jnp.einsum("n,nqk->qk", jnp.ones(ds_NTT.shape[0]), ds_NTT)  # a sum, faster as a product
+        dbias_P = jnp.zeros_like(bias_P).at[relative_index(window)].add(dbias_TT)
+        return dq.astype(q.dtype), dk.astype(k.dtype), dv, dbias_P
+
+    attend.defvjp(forward, backward)
+    return attend
 
 
 def _unit(x: jax.Array) -> jax.Array:
