@@ -10,6 +10,7 @@ Cases:
     input_instances    the published COCO recipe, 640x640 with large-scale jitter
     train              the training step of --config (of --stage, where it has several), and the loop around it
     predict            latency of its prediction with random weights, as a whole and in parts (see latency.py)
+    coco_evaluation    pasting, RLE and AP of --images made-up images of 100 objects (see evaluation.py)
     a, b, ... h        pieces of the published set-ups, training steps, backbone and decoding (see pieces.py), and
     window_attention   one layer; peer_torch.py measures some of these in PyTorch, for a ratio on the same machine
 
@@ -40,6 +41,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import evaluation
 import jax
 import latency
 import numpy as np
@@ -56,7 +58,7 @@ ROOT = Path(__file__).parents[1]
 FRAMES, HEIGHT, WIDTH = 24, 480, 640
 PUBLISHED = {"input_depth": "nyu", "input_instances": "coco"}  # whose data, and batch size, a case takes
 OF_CONFIG = ("train", "predict")
-CASES = (*PUBLISHED, *OF_CONFIG, *pieces.CASES)
+CASES = (*PUBLISHED, *OF_CONFIG, "coco_evaluation", *pieces.CASES)
 WARM_UP = 2  # batches or steps before the clock starts
 
 
@@ -69,7 +71,7 @@ def measure(
       names: of CASES.
       folder: of the scenes, rendered where absent.
       config: of one run, for 'train' and 'predict'.
-      images: how many to read for each number of an input case.
+      images: how many to read for each number of an input case, or to evaluate.
       steps: of the loop of 'train'.
       batch: images of a prediction.
 
@@ -112,6 +114,8 @@ def measure_case(
     """The numbers of one case, in this process; see `measure`."""
     if case in pieces.CASES:
         return pieces.measure(case)
+    if case == "coco_evaluation":
+        return evaluation.measure(images)
     if case == "predict":
         return {"config": config.name, **latency.prediction(config, batch)}
     scenes.ensure(folder, train=FRAMES, test=1, height=HEIGHT, width=WIDTH, workers=os.cpu_count() or 1)
@@ -321,7 +325,9 @@ if __name__ == "__main__":
     flags.DEFINE_list("cases", list(PUBLISHED), f"What to measure, of {', '.join(CASES)}.")
     flags.DEFINE_string("stage", None, "Stage of the config, where it has several; its last one otherwise.")
     flags.DEFINE_string("scenes", "runs/benchmark_scenes", "Folder of the rendered scenes.")
-    flags.DEFINE_integer("images", 192, "Images that an input case reads for each number.", lower_bound=1)
+    flags.DEFINE_integer(
+        "images", 192, "Images that an input case reads for each number, or that are evaluated.", lower_bound=1
+    )
     flags.DEFINE_integer("steps", 20, "Steps of the training loop.", lower_bound=1)
     flags.DEFINE_integer("batch", 1, "Images of a prediction.", lower_bound=1)
     flags.DEFINE_string("out", None, "File for the report.")

@@ -52,13 +52,15 @@ def test_every_case_is_reported(tmp_path, monkeypatch):
     for name, value in {"FRAMES": 3, "HEIGHT": 64, "WIDTH": 80}.items():
         monkeypatch.setattr(benchmark, name, value)
     options = {"images": 6, "steps": 2, "batch": 3}
-    names = (*benchmark.PUBLISHED, *benchmark.OF_CONFIG)
+    names = (*benchmark.PUBLISHED, *benchmark.OF_CONFIG, "coco_evaluation")
     cases = {case: benchmark.measure_case(case, tmp_path / "scenes", config, **options) for case in names}
     for case in ("input_depth", "input_instances"):
         assert cases[case]["images_per_s"] > 0
         assert cases[case]["images_per_s_per_core"] > 0
         np.testing.assert_allclose(sum(cases[case]["share"].values()), 1)
     assert set(cases["input_instances"]["ms_per_image"]) == {"read", "transform", "batching"}
+    assert cases["coco_evaluation"]["mask_ap"] > 0.3  # results near the objects, and 90 others an image
+    assert cases["coco_evaluation"]["paste_and_rle_ms_per_image"] > 0
     train, predict = cases["train"], cases["predict"]
     assert train["config"] == predict["config"] == "tokenizer"
     assert train["images_per_s"] == 8 / train["step_s"]
