@@ -1,6 +1,7 @@
 """Decoding of objects: the cached loop against a slow one, windows, scores, sampling, early exit, errors."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -292,3 +293,12 @@ def test_errors(params, memory):
         compiled(early_exit=-1)(params, memory)
     with pytest.raises(ValueError, match=r"needs? parallel=False"):
         compiled(model=MODEL.clone(parallel=True))(params, memory)
+
+
+def test_caches_are_updated_in_place(params, memory):
+    """No loop of the compiled program copies a cache, which would be most of its time."""
+    text = compiled(soft_input=True).lower(params, rows(memory, slice(0, 1))).compile().as_text()
+    loops = text.split("\nENTRY ")[0]
+    cache = rf"f32\[(1,)?{MODEL.num_heads},{OBJECTS * len(VOCAB.object_slots(2))},{D // MODEL.num_heads}\]\S*"
+    assert re.search(rf"= {cache} (fusion|dynamic-update-slice)\(", loops), "the test needs to find the caches"
+    assert not re.search(rf"= {cache} copy\(", loops)
