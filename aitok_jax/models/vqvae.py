@@ -20,7 +20,7 @@ KERNEL_SIZES = {conv.point: 1, conv.same: 3, conv.down: 4, conv.up: 4}
 
 
 class Conv(nn.Module):
-    """A convolution of `models.conv` and its bias."""
+    """One of the convolutions of `models.conv`, [B,H,W,C] -> [B,H',W',features], and its bias."""
 
     features: int
     convolve: Callable[[jax.Array, jax.Array], jax.Array]
