@@ -178,7 +178,7 @@ def relative_tables(backbone: SwinV2) -> dict[str, np.ndarray]:
         window = backbone.windows[s]
         side = 2 * window - 1
         offsets = relative_coordinates(window, backbone.pretrain_windows[s]).reshape(1, side, side, 2)
-        index = relative_index(window).astype(np.int64)
+        index = np.asarray(relative_index(window), np.int64)
         for j in range(depth):
             block = f"backbone.layers.{s}.blocks.{j}.attn."
             tables |= {f"{block}relative_coords_table": offsets, f"{block}relative_position_index": index}
