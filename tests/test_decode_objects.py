@@ -1,5 +1,6 @@
 """Decoding of objects: the cached loop against a slow one, windows, scores, sampling, early exit, errors."""
 
+import dataclasses
 import functools
 import re
 
@@ -112,6 +113,15 @@ def test_hard_decoding_equals_a_slow_loop(params, memory, kind):
     assert len(np.unique(tokens)) > 5, "the test needs tokens that differ"
     assert (np.asarray(logits).argmax(-1) != tokens).any(), "the test needs the windows to matter"
     assert 0 < np.mean(decoded.noise) < 1, "the test needs noise and objects"
+
+
+def test_detection_without_mask_codes_in_the_vocabulary(params, memory):
+    """The windows after the missing codes are those of depth, which detection does not see."""
+    bare = dataclasses.replace(VOCAB, num_mask_codes=0, num_depth_codes=VOCAB.num_mask_codes + VOCAB.num_depth_codes)
+    shared = {"task": 0, "num_objects": OBJECTS, "mask_tokens": 0, "soft_input": False}
+    decoded = jax.jit(lambda p, m: decode_objects(MODEL, p, m, bare, **shared))(params, memory)
+    np.testing.assert_array_equal(decoded.tokens, compiled("detection")(params, memory).tokens)
+    assert decoded.mask_logits.shape == (3, OBJECTS, 0, 0)
 
 
 @functools.cache

@@ -81,7 +81,9 @@ def decode_objects(
         state, class_B, label_logits_BK = advance(
             state, labels, lambda l, index: pick(l[:, : classes.size], index), False
         )
-        state, (codes_mB, logits_mBK) = jax.lax.scan(code, state, length=mask_tokens)
+        codes_mB, logits_mBK = jnp.zeros((0, batch), jnp.int32), jnp.zeros((0, batch, codes.size))
+        if mask_tokens:  # for detection the vocabulary may have no codes to choose from
+            state, (codes_mB, logits_mBK) = jax.lax.scan(code, state, length=mask_tokens)
         score_B, noise_B = _label(label_logits_BK, class_B, classes.size)
         tokens_LB = jnp.concatenate([box_4B, classes.start + class_B[None], codes_mB])
         new = (tokens_LB, score_B, noise_B, logits_mBK)
