@@ -6,6 +6,7 @@ that are not an annotated object, moved a little, are anywhere.
 """
 
 import contextlib
+import functools
 import io
 import time
 from typing import Any
@@ -60,17 +61,15 @@ def _predicted(rng: np.random.Generator, annotated: dict[str, np.ndarray]) -> di
         "boxes": boxes,
         "classes": np.concatenate([annotated["classes"], other["classes"]]).astype(np.int32),
         "scores": np.linspace(1, 0.01, RESULTS, dtype=np.float32),
-        "masks": np.broadcast_to(ELLIPSE, (RESULTS, MASK, MASK)),
+        "masks": np.broadcast_to(_ellipse(), (RESULTS, MASK, MASK)),
         "valid": np.ones(RESULTS, bool),
     }
 
 
+@functools.cache
 def _ellipse() -> np.ndarray:
     y, x = (np.mgrid[:MASK, :MASK] + 0.5) / MASK * 2 - 1
     return (x**2 + y**2 < 1).astype(np.float32)
-
-
-ELLIPSE = _ellipse()
 
 
 def _coco(annotations: list[dict[str, np.ndarray]]) -> COCO:
@@ -83,7 +82,7 @@ def _coco(annotations: list[dict[str, np.ndarray]]) -> COCO:
     for image_id, annotated in enumerate(annotations):
         for box, label in zip(annotated["boxes"], annotated["classes"], strict=True):
             (x, y), (w, h) = box[:2].tolist(), (box[2:] - box[:2]).tolist()
-            rle = paste.paste_rle(ELLIPSE, box.astype(np.float32), HEIGHT, WIDTH)
+            rle = paste.paste_rle(_ellipse(), box.astype(np.float32), HEIGHT, WIDTH)
             coco.dataset["annotations"].append(
                 {
                     "id": len(coco.dataset["annotations"]) + 1,

@@ -81,14 +81,10 @@ def decode(
         keys = jax.random.split(rng, length)
         tokens = jax.vmap(lambda l, key: choose(l, top_p, key), (1, 0), 1)(logits, keys)
         return Decoded(tokens, logits)
-    start, advance = stepping(transformer, params, memory, task, length)
-
-    def step(state, key):
-        state, tokens_B, logits_BK = advance(state, window.slice, lambda l, _: choose(l, top_p, key), soft_input)
-        return state, (tokens_B, logits_BK)
-
     keys = None if rng is None else jax.random.split(rng, length)
-    _, (tokens_TB, logits_TBK) = jax.lax.scan(step, start, keys, length)
+    start, steps_in = stepping(transformer, params, memory, task, length)
+    step = steps_in(window.slice, lambda l, index: choose(l, top_p, None if keys is None else keys[index]), soft_input)
+    _, (tokens_TB, logits_TBK) = jax.lax.scan(step, start, length=length)
     return Decoded(tokens_TB.T, jnp.swapaxes(logits_TBK, 0, 1))
 
 
@@ -103,29 +99,35 @@ class State(NamedTuple):
 def stepping(
     transformer: TokenTransformer, params: dict, memory: list[KeyValue], task: int, length: int
 ) -> tuple[State, Callable]:
-    """The state before the first of `length` steps, and the function that makes one.
+    """The state before the first of `length` steps, and the function that makes them, for `lax.scan`.
 
-    `advance(state, window, pick, soft)` gives (state, tokens int32[B], logits f32[B,K]) of the K ids in the slice
-    `window`; `pick(logits, index)` chooses the tokens, counted from its start. The next input is their embedding, or
-    with `soft` the embeddings of the window weighted by their probabilities.
+    `steps_in(window, pick, soft)` is a step whose token is one of the K ids in the slice `window`: of a state, it gives
+    (state, (tokens int32[B], logits f32[B,K])). `pick(logits, index)` chooses the tokens, counted from the window's
+    start. The next input is their embedding, or with `soft` the embeddings of the window weighted by their
+    probabilities. What a window needs of the weights is cut out once, outside the loop.
     """
 
     def call(method, *args):
         return transformer.apply({"params": params}, *args, method=method)
 
-    batch = memory[0][0].shape[0]
     positions_TD = call("positions", task, length)[0]
-    embed_VD = params["voc_embed"].astype(jnp.float32)
 
-    def advance(state: State, window: slice, pick: Callable, soft: bool) -> tuple[State, jax.Array, jax.Array]:
-        position_1D = jax.lax.dynamic_slice_in_dim(positions_TD, state.index, 1)
-        x_BD = state.x_BD.astype(transformer.dtype) + position_1D
-        out_BD, cache = call("step", x_BD, memory, state.cache, state.index)
-        logits_BK = call("logits", out_BD, window)
-        tokens_B = pick(logits_BK, state.index)
-        embed_KD = embed_VD[window]
-        x_BD = jax.nn.softmax(logits_BK) @ embed_KD if soft else embed_KD[tokens_B]
-        return State(state.index + 1, x_BD, cache), tokens_B, logits_BK
+    def steps_in(window: slice, pick: Callable, soft: bool = False) -> Callable:
+        of_window = params | {name: params[name][window] for name in ("voc_embed", "outp_bias")}
+        embed_KD = of_window["voc_embed"].astype(jnp.float32)
+        head = transformer.clone(vocab_size=embed_KD.shape[0])
 
+        def step(state: State, _=None) -> tuple[State, tuple[jax.Array, jax.Array]]:
+            position_1D = jax.lax.dynamic_slice_in_dim(positions_TD, state.index, 1)
+            x_BD = state.x_BD.astype(transformer.dtype) + position_1D
+            out_BD, cache = call("step", x_BD, memory, state.cache, state.index)
+            logits_BK = head.apply({"params": of_window}, out_BD, method="logits")
+            tokens_B = pick(logits_BK, state.index)
+            x_BD = jax.nn.softmax(logits_BK) @ embed_KD if soft else embed_KD[tokens_B]
+            return State(state.index + 1, x_BD, cache), (tokens_B, logits_BK)
+
+        return step
+
+    batch = memory[0][0].shape[0]
     x_BD = call("start", task, batch)[:, 0].astype(jnp.float32)
-    return State(jnp.zeros((), jnp.int32), x_BD, call("empty_cache", batch, length)), advance
+    return State(jnp.zeros((), jnp.int32), x_BD, call("empty_cache", batch, length)), steps_in

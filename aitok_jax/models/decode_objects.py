@@ -60,32 +60,29 @@ def decode_objects(
         raise ValueError(f"top_p={top_p} samples and needs one key a row; pass them, or top_p=0 for greedy decoding")
     length = len(vocabulary.object_slots(mask_tokens))
     batch = memory[0][0].shape[0]
-    start, advance = stepping(transformer, params, memory, task, length * num_objects)
+    start, steps_in = stepping(transformer, params, memory, task, length * num_objects)
     classes, codes = vocabulary.classes, vocabulary.mask_codes
-    labels = slice(classes.start, vocabulary.noise + 1)
 
     def pick(logits_BK, index):
         return _choose(logits_BK, top_p, rngs_B, index)
 
-    def coordinate(state, _):
-        state, tokens_B, _ = advance(state, vocabulary.coordinates.slice, pick, False)
-        return state, vocabulary.coordinates.start + tokens_B
-
-    def code(state, _):
-        state, tokens_B, logits_BK = advance(state, codes.slice, pick, soft_input)
-        return state, (codes.start + tokens_B, logits_BK)
+    coordinate = steps_in(vocabulary.coordinates.slice, pick)
+    label = steps_in(
+        slice(classes.start, vocabulary.noise + 1), lambda logits_BK, index: pick(logits_BK[:, : classes.size], index)
+    )
+    code = steps_in(codes.slice, pick, soft_input)
 
     def one_object(carry):
         number, state, run_B, out = carry
-        state, box_4B = jax.lax.scan(coordinate, state, length=CLASS_SLOT)
-        state, class_B, label_logits_BK = advance(
-            state, labels, lambda l, index: pick(l[:, : classes.size], index), False
-        )
+        state, (box_4B, _) = jax.lax.scan(coordinate, state, length=CLASS_SLOT)
+        state, (class_B, label_logits_BK) = label(state)
         codes_mB, logits_mBK = jnp.zeros((0, batch), jnp.int32), jnp.zeros((0, batch, codes.size))
         if mask_tokens:  # for detection the vocabulary may have no codes to choose from
             state, (codes_mB, logits_mBK) = jax.lax.scan(code, state, length=mask_tokens)
         score_B, noise_B = _label(label_logits_BK, class_B, classes.size)
-        tokens_LB = jnp.concatenate([box_4B, classes.start + class_B[None], codes_mB])
+        starts = (vocabulary.coordinates.start, classes.start, codes.start)
+        tokens = (box_4B, class_B[None], codes_mB)
+        tokens_LB = jnp.concatenate([start + ids for start, ids in zip(starts, tokens, strict=True)])
         new = (tokens_LB, score_B, noise_B, logits_mBK)
         out = jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, number, 0), out, new)
         return number + 1, state, jnp.where(noise_B, run_B + 1, 0), out
