@@ -5,7 +5,7 @@ import importlib
 __version__ = "0.1.0"
 
 
-_MODULES = {"Predictor": "predict", "DepthTokenizer": "tokenizers", "MaskTokenizer": "tokenizers"}
+_MODULES = {"Predictor": "predict.predictor", "DepthTokenizer": "tokenizers", "MaskTokenizer": "tokenizers"}
 
 
 def __getattr__(name: str):

@@ -30,7 +30,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import aitok_jax
-from aitok_jax.predict import TASKS, Predictor, model_size
+from aitok_jax.predict.predictor import TASKS, Predictor, model_size
 from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.tasks.solving import IMAGENET_MEAN
 

@@ -19,10 +19,13 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from aitok_jax import checkpoint, config_utils, distributed, preemption, run_dir, train
+from aitok_jax import config as configuration
+from aitok_jax.config import format_workdir, stage_order
+from aitok_jax.parallel import processes
+from aitok_jax.training import checkpoint, loop, preemption, run_dir
 
 LOG = logging.getLogger("aitok_jax")
-MODES = {"train": train.train, "eval": train.evaluate}
+MODES = {"train": loop.train, "eval": loop.evaluate}
 PROCESSES = ("multihost", "coordinator", "num_processes", "process_id")
 
 
@@ -35,11 +38,11 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "train") -> dict[st
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} must be one of {tuple(MODES)}")
     if "stages" not in config:
-        return MODES[mode](config_utils.format_workdir(config, str(workdir)), workdir)
+        return MODES[mode](format_workdir(config, str(workdir)), workdir)
     folder, metrics = run_dir.RunDir(workdir), {}
     folder.write_json("config.json", config.to_dict())
-    for name in config_utils.stage_order(config.stages):
-        stage = config_utils.format_workdir(config.stages[name], str(workdir))
+    for name in stage_order(config.stages):
+        stage = format_workdir(config.stages[name], str(workdir))
         done = folder.path / name / "metrics.json"
         skip = mode == "train" and done.exists() and checkpoint.latest_step(done.parent) >= stage.train_steps
         LOG.info("stage %s in %s%s", name, done.parent, " is finished" if skip else "")
@@ -49,7 +52,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "train") -> dict[st
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    args = config_utils.parse_flags(argv)
+    args = configuration.parse_flags(argv)
     if None in (flags.FLAGS["config"].value, flags.FLAGS.workdir):
         sys.exit("error: --config=configs/X.py and --workdir=DIR must be given")
     return args
@@ -69,7 +72,7 @@ def main(_: list[str]) -> None:
     LOG.setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO)
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells a lot
     try:
-        distributed.start(*(flags.FLAGS[name].value for name in PROCESSES))
+        processes.start(*(flags.FLAGS[name].value for name in PROCESSES))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     use_compilation_cache()

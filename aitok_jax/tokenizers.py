@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from aitok_jax import checkpoint, tasks
+from aitok_jax import tasks
 from aitok_jax.convert import files, published
 from aitok_jax.models.vqvae import VQVAE
+from aitok_jax.training import checkpoint
 
 MASK_SIZE, MASK_TOKENS, MASK_CODES = 64, 16, 128  # of the published tokenizer, which the text form is for
 LOCATIONS = 1023  # the largest <locNNNN>

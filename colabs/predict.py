@@ -25,9 +25,10 @@ import numpy as np
 from IPython.display import display
 from PIL import Image
 
-from aitok_jax import Predictor, pointcloud
+from aitok_jax import Predictor
 from aitok_jax.data import scenes
-from aitok_jax.predict import read_image
+from aitok_jax.predict import pointcloud
+from aitok_jax.predict.predictor import read_image
 from aitok_jax.visualize import depth_panel, objects_panel
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from aitok_jax import DepthTokenizer, MaskTokenizer
 from aitok_jax.data import scenes
-from aitok_jax.data.objects import crop_masks
+from aitok_jax.data.object_transforms import crop_masks
 from aitok_jax.tokenizers import parse_text, write_text
 from aitok_jax.visualize import depth_panel
 

@@ -28,8 +28,9 @@ from IPython.display import display
 from ml_collections import ConfigDict
 from PIL import Image
 
-from aitok_jax import Predictor, checkpoint, tasks, train
+from aitok_jax import Predictor, tasks
 from aitok_jax.data import scenes
+from aitok_jax.training import checkpoint, loop
 from aitok_jax.visualize import depth_panel
 
 
@@ -69,7 +70,7 @@ config.eval_variants = {"hard": {"soft_detokenize": False}}
 # the mean depth map of the training set (`baseline/…`). Interrupted, the same cell goes on from the last checkpoint.
 
 # %%
-metrics = train.train(config.lock(), "runs/tiny")
+metrics = loop.train(config.lock(), "runs/tiny")
 
 # %%
 lines = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from aitok_jax.config_utils import parse_arg
+from aitok_jax.config import parse_arg
 
 
 def _sibling(name: str):

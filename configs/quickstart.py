@@ -12,7 +12,7 @@ and detokenize the truth).
 
 from ml_collections import ConfigDict
 
-from aitok_jax.config_utils import parse_arg
+from aitok_jax.config import parse_arg
 
 SIZE = 64  # pixels, of images and depth maps
 OBJECTS, CROP = 10, 16  # objects of a sequence, pixels of a mask crop

@@ -14,7 +14,7 @@ Published: 20 epochs of 24 231 maps at batch 8; no reconstruction error is publi
 
 from ml_collections import ConfigDict
 
-from aitok_jax.config_utils import parse_arg
+from aitok_jax.config import parse_arg
 
 TRAINING_PAIRS, EPOCHS, BATCH = 24231, 20, 8
 

@@ -13,7 +13,7 @@ after tokenizing and detokenizing; no number is published with the weights.
 
 from ml_collections import ConfigDict
 
-from aitok_jax.config_utils import parse_arg
+from aitok_jax.config import parse_arg
 
 TRAINING_MASKS, EPOCHS, BATCH = 849_947, 20, 512
 

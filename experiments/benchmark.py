@@ -51,8 +51,10 @@ import setups
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from aitok_jax import checkpoint, config_utils, optim, overview, prepare, run_dir, sharding, train
-from aitok_jax.data import objects, pipeline, scenes
+from aitok_jax.config import flatten, parse_flags, stage_order, unknown
+from aitok_jax.data import object_transforms, pipeline, scenes
+from aitok_jax.parallel import overview, sharding
+from aitok_jax.training import checkpoint, loop, optim, run_dir, setup
 
 ROOT = Path(__file__).parents[1]
 FRAMES, HEIGHT, WIDTH = 24, 480, 640
@@ -81,7 +83,7 @@ def measure(
     """
     for case in names:
         if case not in CASES:
-            raise ValueError(f"--cases: {config_utils.unknown(case, CASES)}")
+            raise ValueError(f"--cases: {unknown(case, CASES)}")
         if case in OF_CONFIG and config is None:
             raise ValueError(f"--cases={case} needs --config=configs/X.py")
     os.environ.setdefault("GLIBC_TUNABLES", roofline.HUGE_PAGES)  # read when the process of a case starts
@@ -132,11 +134,11 @@ def reading(data: pipeline.Data, batch_size: int, images: int) -> dict[str, Any]
     read = _time(lambda: [source.read(i % len(source)) for i in range(images)])
     held = _Held(source)
     parts = {"read": read["cpu"]}
-    if isinstance(transform, objects.HostTransform):  # runs in Python, where the transform alone can be timed
+    if isinstance(transform, object_transforms.HostTransform):  # runs in Python, where the transform alone can be timed
         generators = [np.random.default_rng((0, i)) for i in range(images)]
         spent = _time(lambda: [transform(held.read(i % len(held)), rng) for i, rng in enumerate(generators)])
         done = transform(held.read(0), generators[0])
-        nothing = objects.HostTransform(lambda example, rng: done, transform.spec)
+        nothing = object_transforms.HostTransform(lambda example, rng: done, transform.spec)
         parts["transform"] = spent["cpu"]
         parts["batching"] = _pipeline(held, nothing, batch_size, images)["cpu"]
     else:
@@ -177,15 +179,15 @@ def _pipeline(source: Any, transform: Any, batch_size: int, images: int) -> dict
 def training(config: ConfigDict, steps: int) -> dict[str, Any]:
     """Of the config's training step: alone, on one batch; and in the loop, which reads and places every batch."""
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare.prepare(config, folder)
+        run = setup.prepare(config, folder)
         optimizer = optim.make_optimizer(config.optim, config.train_steps)
-        batches, example = train.first_batches(run, 0)
+        batches, example = loop.first_batches(run, 0)
         with checkpoint.open_manager(folder) as manager:
-            state, shardings = train.restore_or_init(run, manager, optimizer, example)
-        key = train.random_key(config)
-        alone = latency.timed_step(train.make_step(run, optimizer, shardings), state, example, key)
+            state, shardings = loop.restore_or_init(run, manager, optimizer, example)
+        key = loop.random_key(config)
+        alone = latency.timed_step(loop.make_step(run, optimizer, shardings), state, example, key)
         state, step = alone.result
-        loop, waiting, placing = _loop(run, step, state, batches, key, steps)
+        seconds, waiting, placing = _loop(run, step, state, batches, key, steps)
     images = sum(run.each("batch_size").values())
     peak, dtype = roofline.peak_memory(), roofline.compute_dtype(run.task)
     rates = roofline.matmul_rates(run.mesh.devices.flatten().tolist(), dtype)
@@ -193,10 +195,10 @@ def training(config: ConfigDict, steps: int) -> dict[str, Any]:
     return {
         "step_s": numbers.pop("latency_s"),
         "images_per_s": images / alone.latency_s,
-        "loop_step_s": loop,
-        "loop_images_per_s": images / loop,
-        "share_waiting_for_input": waiting / loop,
-        "share_placing_on_devices": placing / loop,
+        "loop_step_s": seconds,
+        "loop_images_per_s": images / seconds,
+        "share_waiting_for_input": waiting / seconds,
+        "share_placing_on_devices": placing / seconds,
         "bytes_on_a_device": overview.step_memory(step),
         "peak_memory": peak,
         **numbers,
@@ -226,7 +228,7 @@ def _loop(run: Any, step: Any, state: Any, batches: Iterator, key: Any, steps: i
 
 def compare(new: dict, old: dict) -> str:
     """A line 'name: old -> new (ratio)' for every number that both reports have."""
-    numbers = [config_utils.flatten(report["cases"]) for report in (new, old)]
+    numbers = [flatten(report["cases"]) for report in (new, old)]
     lines = []
     for name, value in numbers[0].items():
         before = numbers[1].get(name)
@@ -246,7 +248,7 @@ def read(file: str) -> dict:
 
 def table(report: dict) -> str:
     """A line 'name  value' for every number."""
-    numbers = config_utils.flatten(report["cases"])
+    numbers = flatten(report["cases"])
     width = max(map(len, numbers), default=0)
     return "\n".join(f"{name:{width}}  {_readable(name, value)}" for name, value in numbers.items())
 
@@ -312,9 +314,9 @@ def main(_: list[str]) -> None:
 def chosen(options: flags.FlagValues) -> ConfigDict | None:
     """The config of --config and, where it has stages, of --stage or its last; ValueError for an unknown stage."""
     config = options.config if options["config"].value is not None else None
-    names = config_utils.stage_order(config.stages) if config is not None and "stages" in config else []
+    names = stage_order(config.stages) if config is not None and "stages" in config else []
     if options.stage and options.stage not in names:
-        raise ValueError(f"--stage={config_utils.unknown(options.stage, names)}")
+        raise ValueError(f"--stage={unknown(options.stage, names)}")
     return config.stages[options.stage or names[-1]] if names else config
 
 
@@ -332,4 +334,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 1, "Images of a prediction.", lower_bound=1)
     flags.DEFINE_string("out", None, "File for the report.")
     flags.DEFINE_list("compare", [], "Report to compare with; or an old and a new one, and nothing is measured.")
-    app.run(main, flags_parser=config_utils.parse_flags)
+    app.run(main, flags_parser=parse_flags)

@@ -15,8 +15,8 @@ import numpy as np
 import roofline
 from pycocotools.coco import COCO
 
-from aitok_jax import paste
 from aitok_jax.evaluators.average_precision import CocoScorer
+from aitok_jax.tasks import paste
 
 HEIGHT, WIDTH, MASK = 480, 640, 64
 CLASSES, RESULTS, OBJECTS = 80, 100, 7.3

@@ -8,11 +8,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from aitok_jax import checkpoint, evaluators, sharding, tasks
+from aitok_jax import evaluators, tasks
 from aitok_jax.data import pipeline
-from aitok_jax.evaluators.base import run_evaluation
+from aitok_jax.evaluators.batches import run_evaluation
 from aitok_jax.models.bins import BinsTokenizer
+from aitok_jax.parallel import sharding
 from aitok_jax.tasks.base import Batch, Tree, compiled_predict
+from aitok_jax.training import checkpoint
 
 EXACT = "test_exact.txt"  # list of the test scenes with the depth that the sensor did not lose
 

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from aitok_jax import checkpoint, config_utils, train
+from aitok_jax.config import to_json
+from aitok_jax.training import checkpoint, loop
 
 COMMAND = "python -m aitok_jax.main --config=configs/quickstart.py:long --workdir=runs/long"
 LIMIT = 8e6  # bytes
@@ -43,7 +44,7 @@ def pack(run: Path, out: Path) -> dict:
         size = sum(file.stat().st_size for file in packed.rglob("*"))
         if size > LIMIT:
             raise ValueError(f"the weights take {size / 1e6:.1f} MB, more than {LIMIT / 1e6:g}; train a smaller model")
-        metrics |= train.evaluate(config, packed)
+        metrics |= loop.evaluate(config, packed)
         about = {"command": COMMAND, **json.loads((stages["joint"] / "env.json").read_text()), "metrics": metrics}
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(packed / checkpoint.FOLDER, out / checkpoint.FOLDER)
@@ -54,7 +55,7 @@ def pack(run: Path, out: Path) -> dict:
 def _without_paths(config: ConfigDict) -> ConfigDict:
     """The configuration with '{workdir}' again in place of the folder that the run was in."""
     folder = config.data.depth.root.removesuffix("/scenes")
-    return ConfigDict(json.loads(config_utils.to_json(config).replace(f'"{folder}/', '"{workdir}/')))
+    return ConfigDict(json.loads(to_json(config).replace(f'"{folder}/', '"{workdir}/')))
 
 
 def main() -> None:

@@ -19,9 +19,11 @@ from latency import Program
 from ml_collections import ConfigDict
 from setups import load
 
-from aitok_jax import optim, sharding, tasks, train
+from aitok_jax import tasks
 from aitok_jax.models.swin_v2 import WindowAttention
-from aitok_jax.train_state import TrainState
+from aitok_jax.parallel import sharding
+from aitok_jax.training import loop, optim
+from aitok_jax.training.state import TrainState
 
 ATTENTION = {
     "windows": 4,
@@ -132,9 +134,9 @@ def _step(name: str, config: ConfigDict, count: int) -> tuple[str, Program, str,
         return TrainState.create(params, model_state, optimizer, config.get("ema_decay", 0.0))
 
     state = jax.jit(create, donate_argnums=(0, 1))(*variables)
-    step = train.make_step(
+    step = loop.make_step(
         SimpleNamespace(config=config, task=task, mesh=mesh), optimizer, sharding.state_shardings(state, mesh)
     )
     batch = sharding.shard_batch(_batch(task, count), mesh)
-    program = latency.timed_step(step, state, batch, train.random_key(config))
+    program = latency.timed_step(step, state, batch, loop.random_key(config))
     return name, program, roofline.compute_dtype(task), None

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tables import TABLES, Row, at_scale
 
-from aitok_jax.config_utils import to_json, unknown
+from aitok_jax.config import to_json, unknown
 
 ONE_SEED = ("detection",)  # as the published pre-trained weights are the same for all
 

@@ -31,8 +31,9 @@ from plan import Job, Plan, make_plan
 from setups import SCALES
 from tables import TABLES
 
-from aitok_jax import checkpoint, config_utils, preemption, prepare, run_dir, train
+from aitok_jax.config import format_workdir
 from aitok_jax.data import scenes
+from aitok_jax.training import checkpoint, loop, preemption, run_dir, setup
 
 LOG = logging.getLogger("aitok_jax")
 RESULT = "result.json"
@@ -89,13 +90,13 @@ def claim(folder: Path) -> Iterator[bool]:
 def execute(job: Job, workdir: Path) -> None:
     """Trains or evaluates one run, and writes its result.json once all is done."""
     folder, started = workdir / "runs" / job.folder, time.monotonic()
-    config = config_utils.format_workdir(job.config, str(workdir))
+    config = format_workdir(job.config, str(workdir))
     if job.weights:
         source = workdir / "runs" / job.weights
         metrics = _evaluate(config, source, folder)
     else:
         source = folder
-        metrics = train.train(config, folder)
+        metrics = loop.train(config, folder)
     metrics |= measure(config, source, workdir / "scenes")
     result = {
         "metrics": metrics,
@@ -109,9 +110,9 @@ def execute(job: Job, workdir: Path) -> None:
 
 def _evaluate(config: ConfigDict, weights: Path, folder: Path) -> dict[str, float]:
     _, variables = checkpoint.load_inference(weights)
-    run = prepare.prepare(config, folder)
+    run = setup.prepare(config, folder)
     run.folder.write_json("config.json", config.to_dict())
-    return train.evaluate_all(run, variables["params"], variables["model_state"])
+    return loop.evaluate_all(run, variables["params"], variables["model_state"])
 
 
 def results(plan: Plan, workdir: Path) -> dict[str, dict[str, Any]]:

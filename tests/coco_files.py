@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from aitok_jax.data import coco
+from aitok_jax.data.sources import coco
 
 HEIGHT, WIDTH = 30, 40
 BOX_MASK = np.zeros((HEIGHT, WIDTH), np.uint8)

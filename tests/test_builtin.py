@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aitok_jax import DepthTokenizer, MaskTokenizer, Predictor, checkpoint, metrics
+from aitok_jax import DepthTokenizer, MaskTokenizer, Predictor
 from aitok_jax.data import scenes
+from aitok_jax.evaluators import metrics
+from aitok_jax.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 FOLDER = checkpoint.locate("builtin")

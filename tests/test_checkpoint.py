@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from aitok_jax import checkpoint, sharding
-from aitok_jax.train_state import TrainState
+from aitok_jax.parallel import sharding
+from aitok_jax.training import checkpoint
+from aitok_jax.training.state import TrainState
 
 OPTIMIZER = optax.adam(1e-2)
 

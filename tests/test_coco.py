@@ -3,8 +3,9 @@ import pytest
 from coco_files import BOX_MASK, CATEGORIES, HEIGHT, WIDTH, annotation, compressed, counts, make, polygon, write
 from PIL import Image
 
-from aitok_jax.data import coco, objects, pipeline
-from aitok_jax.data.nyu import DataError
+from aitok_jax.data import object_transforms, pipeline
+from aitok_jax.data.sources import coco
+from aitok_jax.data.sources.nyu import DataError
 
 
 def test_example_contract(tmp_path):
@@ -205,12 +206,12 @@ def test_broken_images(tmp_path, kind, error, message):
     with pytest.raises(error, match=message):
         source.read(0)
     with pytest.raises(error, match=message):
-        next(pipeline.train_batches(source, objects.training(32, 4, 8), batch_size=2, seed=0))
+        next(pipeline.train_batches(source, object_transforms.training(32, 4, 8), batch_size=2, seed=0))
     source.on_error = "skip"
     assert source.read_readable(0)[0] == 1
-    (batch,) = pipeline.eval_batches(source, objects.evaluation(32), batch_size=2)
+    (batch,) = pipeline.eval_batches(source, object_transforms.evaluation(32), batch_size=2)
     assert batch["mask"].tolist() == [0, 1]
-    batch = next(pipeline.train_batches(source, objects.training(32, 4, 8), batch_size=2, seed=0))
+    batch = next(pipeline.train_batches(source, object_transforms.training(32, 4, 8), batch_size=2, seed=0))
     assert batch["id"].tolist() == [1, 1]
     assert source.skipped == {"000000000001.jpg"}
 

@@ -5,9 +5,10 @@ import pytest
 from coco_files import CATEGORIES, HEIGHT, WIDTH, annotation, make, write
 from ml_collections import ConfigDict
 
-from aitok_jax.data import coco, objects, pipeline
+from aitok_jax.data import object_transforms, pipeline
+from aitok_jax.data.sources import coco
 
-TRAINING = objects.training(32, 6, 8)
+TRAINING = object_transforms.training(32, 6, 8)
 
 
 def mask_ends(mask):
@@ -57,7 +58,7 @@ def test_resume_and_hosts(tmp_path):
 
 def test_evaluation_batches(tmp_path):
     source = training_source(tmp_path)
-    batches = list(pipeline.eval_batches(source, objects.evaluation(32), batch_size=4))
+    batches = list(pipeline.eval_batches(source, object_transforms.evaluation(32), batch_size=4))
     assert set(batches[0]) == {"image", "scale", "original_size", "id", "mask"}
     assert np.concatenate([batch["id"] for batch in batches]).tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
     assert batches[1]["mask"].tolist() == [1, 0, 0, 0]
@@ -107,10 +108,10 @@ def test_objects_from_left_to_right(tmp_path):
     write(tmp_path, [annotation(i + 1, box=(x, 5, x + 9, 15)) for i, x in enumerate((20, 2, 11, 6))])
     for slots in (3, 6):
         lefts = {}
-        for order in objects.ORDERS:
+        for order in object_transforms.ORDERS:
             data = pipeline.build(data_config(tmp_path, jitter=(1.0, 1.0), order=order, num_objects=slots))
             batch = next(pipeline.train_batches(data.train, data.train_transform, batch_size=30, seed=0))
-            assert (batch["objects/kind"][:, : min(slots, 4)] == objects.REAL).all()
+            assert (batch["objects/kind"][:, : min(slots, 4)] == object_transforms.REAL).all()
             lefts[order] = batch["objects/boxes"][:, : min(slots, 4), 0]
         assert (np.diff(lefts["left_to_right"]) > 0).all()
         assert 0.3 < (np.diff(lefts["random"]) > 0).mean() < 0.7
@@ -181,12 +182,12 @@ def test_real_images_as_training_examples(coco_subset):
     source = coco.CocoSource(
         coco_subset / "train2017", coco_subset / "annotations" / "instances_train2017.json", with_objects=True
     )
-    batch = next(pipeline.train_batches(source, objects.training(320), batch_size=8, seed=0))
+    batch = next(pipeline.train_batches(source, object_transforms.training(320), batch_size=8, seed=0))
     kind, boxes, crops = (batch[f"objects/{name}"] for name in ("kind", "boxes", "crops"))
     assert (boxes >= 0).all()
     assert (boxes <= 320).all()
-    assert {objects.REAL, objects.DUPLICATE, objects.BAD} == set(np.unique(kind))
-    assert not crops[kind == objects.BAD].any()
-    large = (kind == objects.REAL) & (boxes[..., 2:] - boxes[..., :2] > 20).all(-1)
+    assert {object_transforms.REAL, object_transforms.DUPLICATE, object_transforms.BAD} == set(np.unique(kind))
+    assert not crops[kind == object_transforms.BAD].any()
+    large = (kind == object_transforms.REAL) & (boxes[..., 2:] - boxes[..., :2] > 20).all(-1)
     assert 0.4 < crops[large].mean() < 0.9
     assert 0.3 < batch["image"].mean() < 0.6

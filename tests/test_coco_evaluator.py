@@ -9,11 +9,12 @@ import pytest
 from coco_fakes import CATEGORY_IDS, NAMES, ellipse, ground_truth
 from PIL import Image
 
-from aitok_jax import paste, sharding
-from aitok_jax.data import coco as coco_data
-from aitok_jax.data import objects
+from aitok_jax.data import object_transforms
+from aitok_jax.data.sources import coco as coco_data
 from aitok_jax.evaluators import average_precision
-from aitok_jax.evaluators.coco import evaluate
+from aitok_jax.evaluators.objects import evaluate
+from aitok_jax.parallel import sharding
+from aitok_jax.tasks import paste
 
 SIZE, SLOTS = 96, 8
 
@@ -76,7 +77,7 @@ def predictions(source, noise=0.0, seed=0):
 
 
 def run(source, params, task=None, **options):
-    data = types.SimpleNamespace(train=None, eval=source, eval_transform=objects.evaluation(SIZE))
+    data = types.SimpleNamespace(train=None, eval=source, eval_transform=object_transforms.evaluation(SIZE))
     options = {"batch_size": 4, "prefix": "val", "progress": False} | options
     return evaluate(task or KnownObjects(), params, {}, data, **options)
 
@@ -210,10 +211,10 @@ def test_real_annotations_as_predictions(split, coco_subset):
         height, width = example["image"].shape[:2]
         params["boxes"][index, :count] = example["boxes"][:count] * size / max(height, width)
         params["classes"][index, :count] = example["classes"][:count]
-        crops = objects.crop_masks(example["masks"], example["boxes"][:count], np.arange(count), 64)
+        crops = object_transforms.crop_masks(example["masks"], example["boxes"][:count], np.arange(count), 64)
         params["masks"][index, :count] = crops
         params["valid"][index, :count] = True
-    data = types.SimpleNamespace(eval=source, eval_transform=objects.evaluation(size))
+    data = types.SimpleNamespace(eval=source, eval_transform=object_transforms.evaluation(size))
     params = {name: jnp.asarray(values) for name, values in params.items()}
     result = evaluate(KnownObjects(), params, {}, data, batch_size=8, prefix="real", progress=False)
     assert result["real/box_ap"] > 0.999

@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from aitok_jax import config_utils
+from aitok_jax.config import build_dataclass, format_workdir, parse_arg, stage_order
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_arguments_take_the_type_of_their_default():
-    config = config_utils.parse_arg("backbone=swin_l,parallel,steps=20", backbone="b", parallel=False, steps=1, lr=1.0)
+    config = parse_arg("backbone=swin_l,parallel,steps=20", backbone="b", parallel=False, steps=1, lr=1.0)
     assert config.to_dict() == {"backbone": "swin_l", "parallel": True, "steps": 20, "lr": 1.0}
-    assert config_utils.parse_arg("parallel=false, lr=1e-3", parallel=True, lr=1.0).to_dict() == {
+    assert parse_arg("parallel=false, lr=1e-3", parallel=True, lr=1.0).to_dict() == {
         "parallel": False,
         "lr": 1e-3,
     }
-    assert config_utils.parse_arg(None, steps=1).steps == 1
+    assert parse_arg(None, steps=1).steps == 1
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_arguments_take_the_type_of_their_default():
 )
 def test_wrong_arguments_are_errors(arg, message):
     with pytest.raises(ValueError, match="config argument") as error:
-        config_utils.parse_arg(arg, backbone="b", parallel=False, steps=1)
+        parse_arg(arg, backbone="b", parallel=False, steps=1)
     assert message in str(error.value)
 
 
@@ -51,23 +51,23 @@ class _Outer:
 
 def test_dataclass_from_config():
     config = ConfigDict({"name": "outer", "size": 2, "inner": {"width": 5}, "sizes": [1, [2, 3]], "backup": {}})
-    assert config_utils.build_dataclass(_Outer, config) == _Outer(2, _Inner(5), (1, (2, 3)), _Inner())
+    assert build_dataclass(_Outer, config) == _Outer(2, _Inner(5), (1, (2, 3)), _Inner())
     with pytest.raises(ValueError, match="_Inner: option 'widht' is unknown; did you mean 'width'"):
-        config_utils.build_dataclass(_Outer, ConfigDict({"size": 2, "inner": {"widht": 5}}))
+        build_dataclass(_Outer, ConfigDict({"size": 2, "inner": {"widht": 5}}))
     with pytest.raises(ValueError, match="_Outer: size must be given"):
-        config_utils.build_dataclass(_Outer, ConfigDict())
+        build_dataclass(_Outer, ConfigDict())
 
 
 def test_workdir_is_put_into_all_strings():
     config = ConfigDict({"a": {"path": "{workdir}/tokenizer", "n": 1}, "b": ("x{workdir}", 2)})
-    formatted = config_utils.format_workdir(config, "/runs/1")
+    formatted = format_workdir(config, "/runs/1")
     assert formatted.to_dict() == {"a": {"path": "/runs/1/tokenizer", "n": 1}, "b": ("x/runs/1", 2)}
     assert config.a.path == "{workdir}/tokenizer"
 
 
 def test_stages_run_after_those_they_mention():
     stages = {"a": {"start_from": "{workdir}/c"}, "b": {"start_from": "{workdir}/a"}, "c": {"x": 1}}
-    assert config_utils.stage_order(ConfigDict(stages)) == ["c", "a", "b"]
+    assert stage_order(ConfigDict(stages)) == ["c", "a", "b"]
 
 
 CONFIG = """

@@ -10,10 +10,11 @@ import pytest
 import tiny_objects
 from ml_collections import ConfigDict
 
-from aitok_jax import checkpoint, tasks, warm_start
+from aitok_jax import tasks
 from aitok_jax.convert import published, rules
 from aitok_jax.convert.__main__ import to_directory, to_file
 from aitok_jax.convert.files import read_weights, write_weights
+from aitok_jax.training import checkpoint, warm_start
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ConfigDict({"name": "run", "task": tiny_objects.CONFIG})

@@ -9,7 +9,7 @@ import pytest
 
 from aitok_jax.models.decode import decode, nucleus
 from aitok_jax.models.transformer import TokenTransformer
-from aitok_jax.vocab import Vocabulary
+from aitok_jax.tasks.vocabulary import Vocabulary
 
 VOCAB = Vocabulary(num_bins=2, num_classes=3, num_mask_codes=4, num_depth_codes=6, num_spare=2)
 WINDOW = VOCAB.depth_codes

@@ -12,7 +12,7 @@ import pytest
 from aitok_jax.models.decode import nucleus
 from aitok_jax.models.decode_objects import decode_objects
 from aitok_jax.models.transformer import TokenTransformer
-from aitok_jax.vocab import Vocabulary
+from aitok_jax.tasks.vocabulary import Vocabulary
 
 VOCAB = Vocabulary(num_bins=6, num_classes=4, num_mask_codes=5, num_depth_codes=3, num_spare=2)
 OBJECTS, D, LABEL = 3, 16, 4

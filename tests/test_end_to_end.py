@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 import configs
-from aitok_jax import Predictor, checkpoint, config_utils, main, train
+from aitok_jax import Predictor, main
+from aitok_jax.config import format_workdir
+from aitok_jax.training import checkpoint, loop
 
 
 def small_quickstart(arg="smoke"):
@@ -83,34 +85,34 @@ def test_predictor_reads_the_run(quickstart):
 def test_wrong_tokenizer_is_refused(quickstart, tmp_path):
     """The checkpoint of another one: the sizes of its layers differ."""
     workdir, _ = quickstart
-    config = config_utils.format_workdir(small_quickstart().stages.joint, str(workdir))
+    config = format_workdir(small_quickstart().stages.joint, str(workdir))
     config.start_from["model_state/depth_tokenizer"] = str(workdir / "mask_tokenizer")
     with pytest.raises(ValueError, match=r"start_from: model_state/depth_tokenizer.* in the source but .* here"):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
 
 
 def test_solver_without_tokenizer_is_refused(quickstart, tmp_path):
     workdir, _ = quickstart
-    config = config_utils.format_workdir(small_quickstart().stages.joint, str(workdir))
+    config = format_workdir(small_quickstart().stages.joint, str(workdir))
     config.start_from["model_state/depth_tokenizer"] = ""
     with pytest.raises(ValueError, match=r"never trained.*tokenizer"):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "mask_tokenizer", "joint"])
 def test_stop_and_go_on_is_bit_for_bit(quickstart, tmp_path, monkeypatch, stage):
     """N + N steps with a restart equal 2N steps: parameters, optimizer, codebook, EMA and the logged losses."""
     workdir, _ = quickstart
-    config = config_utils.format_workdir(small_quickstart().stages[stage], str(workdir))
+    config = format_workdir(small_quickstart().stages[stage], str(workdir))
     config.log_every, config.eval_variants, config.eval_baseline = 1, {}, False
-    monkeypatch.setattr(train, "evaluate_all", lambda *_: {})
+    monkeypatch.setattr(loop, "evaluate_all", lambda *_: {})
     half = config.train_steps // 2
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "reached_preemption", lambda self, step: step == half)
         with pytest.raises(SystemExit):
-            train.train(config, tmp_path)
+            loop.train(config, tmp_path)
     assert checkpoint.latest_step(tmp_path) == half
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
 
     def state(folder):
         step_dir = folder / "checkpoints" / str(config.train_steps)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aitok_jax import metrics, sharding
-from aitok_jax.data import transforms
-from aitok_jax.evaluators import base, evaluate
+from aitok_jax.data import map_transforms
+from aitok_jax.evaluators import batches, evaluate, metrics
+from aitok_jax.parallel import sharding
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ PARAMS = {"scale": jnp.float32(9.0)}
 
 
 def run(source, task=None, train=None, **options):
-    data = types.SimpleNamespace(train=train, eval=source, eval_transform=transforms.evaluation())
+    data = types.SimpleNamespace(train=train, eval=source, eval_transform=map_transforms.evaluation())
     options = {"batch_size": 4, "prefix": "val", "progress": False} | options
     return evaluate(task or ToyTask(), PARAMS, {}, data, **options)
 
@@ -161,7 +161,7 @@ def test_progress_bar_counts_batches(capsys):
 
 def test_next_batch_starts_before_the_last_is_used():
     started = []
-    results = base.run_batches(lambda batch: started.append(batch) or batch, [{"i": i} for i in range(3)])
+    results = batches.run_batches(lambda batch: started.append(batch) or batch, [{"i": i} for i in range(3)])
     assert next(results)[1] == {"i": 0}
     assert len(started) == 2
     assert [result["i"] for _, result in results] == [1, 2]

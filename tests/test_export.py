@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from aitok_jax import export, paste
-from aitok_jax.predict import Predictor
+from aitok_jax import export
+from aitok_jax.predict.predictor import Predictor
+from aitok_jax.tasks import paste
 
 NEEDED = ("jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy", "flatbuffers")
 FOREIGN = """

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax.geometry import merge_windows, predict_windows, shifted_windows, window_starts
+from aitok_jax.tasks.windows import merge_windows, predict_windows, shifted_windows, window_starts
 
 
 def images(shape, seed=0):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny_objects as tiny
 
-from aitok_jax import sequences, tasks
-from aitok_jax.data.transforms import PAD
+from aitok_jax import tasks
+from aitok_jax.data.map_transforms import PAD
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.vqvae import VQVAE
+from aitok_jax.tasks import sequences
 from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.tasks.instances import DETECTION_ID, INSTANCES_ID
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import tiny_objects as tiny
 
-from aitok_jax import sequences, sharding, tasks
+from aitok_jax import tasks
+from aitok_jax.parallel import sharding
+from aitok_jax.tasks import sequences
 from aitok_jax.tasks.instances import INSTANCES_ID
 
 N, L = tiny.OBJECTS, tiny.LENGTH

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import toy_run
 
-from aitok_jax import checkpoint, preemption, run_dir
+from aitok_jax.training import checkpoint, preemption, run_dir
 
 KILLS = 20
 STEPS = 60

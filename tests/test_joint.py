@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import tiny_objects as tiny
 
-from aitok_jax import sequences, sharding, tasks
+from aitok_jax import tasks
 from aitok_jax.models.task_solver import TaskSolver
+from aitok_jax.parallel import sharding
+from aitok_jax.tasks import sequences
 from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.tasks.joint import JointTask
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import configs
-from aitok_jax import Predictor, train
+from aitok_jax import Predictor
 from aitok_jax.data import scenes
+from aitok_jax.training import loop
 
 SIZE = 64
 TOKENIZER = {"hidden": 4, "num_res_blocks": 1, "num_codes": 16, "code_dim": 8}
@@ -51,12 +52,12 @@ def tokenizers(folder):
     depth_data(config.data, folder)
     config.task.update({"image_size": SIZE, "eval_crop": None})
     config.task.tokenizer.update({**TOKENIZER, "downsample": 16})
-    train.train(config, folder / "depth_tokenizer")
+    loop.train(config, folder / "depth_tokenizer")
     config = small("vqvae_mask")
     coco_data(config.data, folder)
     config.task.image_size = 32
     config.task.tokenizer.update({**TOKENIZER, "downsample": 16})
-    return train.train(config, folder / "mask_tokenizer")
+    return loop.train(config, folder / "mask_tokenizer")
 
 
 def joint_config(folder):
@@ -94,7 +95,7 @@ def joint(folder, tokenizers, compiled):
     logger = logging.getLogger("jax")
     logger.addHandler(handler)
     with jax.log_compiles():
-        metrics = train.train(joint_config(folder), folder / "joint")
+        metrics = loop.train(joint_config(folder), folder / "joint")
     logger.removeHandler(handler)
     return metrics
 
@@ -111,7 +112,7 @@ def test_data_of_other_sizes_than_the_task_reads_is_refused(folder, tokenizers, 
     wanted = config.task.instances[field]
     config.data.instances[field] = 2 * wanted
     with pytest.raises(ValueError, match=f"instances: data.{field}={2 * wanted} must be task.{field}={wanted}; change"):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
 
 
 def test_mask_tokenizer_is_measured_by_average_precision(tokenizers):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax import losses
+from aitok_jax.models import losses
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from aitok_jax import main, run_dir
+from aitok_jax import main
+from aitok_jax.training import run_dir
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ import pytest
 import setups
 from PIL import Image
 
-from aitok_jax import config_utils
+from aitok_jax.config import format_workdir
 from aitok_jax.data import pipeline, scenes
 from aitok_jax.models.bins import BinsTokenizer
 
@@ -28,7 +28,7 @@ def config(tmp_path_factory):
     config = setups.scenes(smoke=True)["depth"]
     scenes.ensure(folder / "scenes", **dict(config.data.render), workers=1)
     measures.write_exact_list(folder / "scenes")
-    return config_utils.format_workdir(config, str(folder))
+    return format_workdir(config, str(folder))
 
 
 def test_only_pixels_that_the_sensor_lost_count(config):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from aitok_jax.metrics import DEPTH_METRICS, EIGEN_CROP, confidence_spearman, depth_metrics, valid_pixels
+from aitok_jax.evaluators.metrics import DEPTH_METRICS, EIGEN_CROP, confidence_spearman, depth_metrics, valid_pixels
 
 FIXTURE = Path(__file__).parents[2] / "shared" / "data" / "eval_fixtures" / "depth_metrics" / "super_gradients.json"
 

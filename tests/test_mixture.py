@@ -6,7 +6,8 @@ import pytest
 from test_nyu import write_pair
 from test_pipeline import SOLVER, assert_same, data_config, take
 
-from aitok_jax.data import mixture, nyu, pipeline, prepare
+from aitok_jax.data import pipeline, prepare
+from aitok_jax.data.sources import mixture, nyu
 
 
 @pytest.fixture

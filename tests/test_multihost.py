@@ -13,7 +13,10 @@ import pytest
 from ml_collections import ConfigDict
 
 import configs
-from aitok_jax import checkpoint, config_utils, distributed, main, train
+from aitok_jax import main
+from aitok_jax.config import format_workdir, to_json
+from aitok_jax.parallel import processes
+from aitok_jax.training import checkpoint, loop
 
 ROOT = Path(__file__).parents[1]
 CONFIG_FILE = """
@@ -45,7 +48,7 @@ def small_config():
 def config_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("config") / "small.py"
     file.write_text(CONFIG_FILE)
-    file.with_suffix(".json").write_text(config_utils.to_json(small_config()))
+    file.with_suffix(".json").write_text(to_json(small_config()))
     return file
 
 
@@ -85,7 +88,7 @@ def two(config_file, tmp_path_factory):
 def one(tmp_path_factory):
     """The run directory and metrics of this process with its eight devices."""
     workdir = tmp_path_factory.mktemp("one")
-    return workdir, main.run(ConfigDict(json.loads(config_utils.to_json(small_config()))), workdir)
+    return workdir, main.run(ConfigDict(json.loads(to_json(small_config()))), workdir)
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "depth"])
@@ -119,8 +122,8 @@ def test_evaluation_is_the_same_in_one_process(one, two):
     workdir, _ = two
     written = json.loads((workdir / "metrics.json").read_text())
     assert written.keys() == expected.keys()
-    config = config_utils.format_workdir(ConfigDict(json.loads(config_utils.to_json(small_config()))), str(workdir))
-    metrics = train.evaluate(config.stages.depth, workdir / "depth")
+    config = format_workdir(ConfigDict(json.loads(to_json(small_config()))), str(workdir))
+    metrics = loop.evaluate(config.stages.depth, workdir / "depth")
     for name, value in metrics.items():
         np.testing.assert_allclose(written[name], value, rtol=1e-5, err_msg=name)
 
@@ -135,7 +138,7 @@ def test_evaluation_is_the_same_in_one_process(one, two):
 )
 def test_processes_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        distributed.start(False, **arguments)
+        processes.start(False, **arguments)
 
 
 def test_numbers_come_from_the_environment_too(monkeypatch):
@@ -144,13 +147,13 @@ def test_numbers_come_from_the_environment_too(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
     called = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: called.append(args))
-    distributed.start(False)
+    processes.start(False)
     assert not called
-    distributed.start(True)
+    processes.start(True)
     assert called == [("127.0.0.1:1234", 3, 0)]
     monkeypatch.setenv("JAX_PROCESS_ID", "one")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID=one must be a whole number"):
-        distributed.start(True)
+        processes.start(True)
 
 
 def test_a_coordinator_that_does_not_answer_is_named():
@@ -158,4 +161,4 @@ def test_a_coordinator_that_does_not_answer_is_named():
         taken.bind(("127.0.0.1", 0))  # but does not listen
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(RuntimeError, match=f"nothing answers at {address} after 0 s"):
-            distributed.start(False, address, 2, 1, timeout=0)
+            processes.start(False, address, 2, 1, timeout=0)

@@ -8,7 +8,7 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from aitok_jax.data import nyu
+from aitok_jax.data.sources import nyu
 
 
 def write_pair(folder, number=0, *, size=(6, 8), image_size=None, depth_mm=None, seed=0):

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aitok_jax.data import objects
-from aitok_jax.data.transforms import PAD
+from aitok_jax.data import object_transforms
+from aitok_jax.data.map_transforms import PAD
 from aitok_jax.tasks.solving import IMAGENET_MEAN
 
 NAMES = ("image", "objects/boxes", "objects/classes", "objects/kind", "objects/crops")
@@ -63,7 +63,7 @@ def direct_roi_align(mask, box, size):
 @pytest.mark.parametrize("size", [4, 7])
 def test_roi_align_is_its_definition(box, size):
     masks = (np.random.default_rng(1).random((3, 18, 24)) < 0.5).astype(np.uint8)
-    crops = objects.roi_align(masks, np.array([box, box], np.float32), np.array([2, 0]), size)
+    crops = object_transforms.roi_align(masks, np.array([box, box], np.float32), np.array([2, 0]), size)
     for crop, index in zip(crops, (2, 0), strict=True):
         np.testing.assert_allclose(crop, direct_roi_align(masks[index], box, size), atol=1e-5)
 
@@ -75,8 +75,8 @@ def test_roi_align_in_a_resampled_picture_is_that_of_the_picture():
         rows = (np.arange(int(18 * factor)) / factor).astype(int)[2:]
         columns = (np.arange(int(24 * factor)) / factor).astype(int)[1:]
         picture = np.ascontiguousarray(masks[:, rows][:, :, columns])
-        wanted = objects.roi_align(picture, boxes, np.array([0, 1, 1]), 8)
-        crops = objects.roi_align(masks, boxes, np.array([0, 1, 1]), 8, rows, columns)
+        wanted = object_transforms.roi_align(picture, boxes, np.array([0, 1, 1]), 8)
+        crops = object_transforms.roi_align(masks, boxes, np.array([0, 1, 1]), 8, rows, columns)
         np.testing.assert_allclose(crops, wanted, atol=1e-6)
 
 
@@ -84,32 +84,41 @@ def test_roi_align_does_not_care_for_the_memory_order():
     masks = (np.random.default_rng(1).random((2, 18, 24)) < 0.5).astype(np.uint8)
     other = np.ascontiguousarray(masks.swapaxes(1, 2)).swapaxes(1, 2)
     boxes = np.array([(3.2, 4.1, 20.7, 15.5)], np.float32)
-    results = [objects.roi_align(m, boxes, np.array([1]), 8) for m in (masks, other)]
+    results = [object_transforms.roi_align(m, boxes, np.array([1]), 8) for m in (masks, other)]
     np.testing.assert_array_equal(*results)
 
 
 def test_empty_and_reversed_boxes_give_zeros():
     boxes = np.array([(5, 5, 5, 9), (8, 2, 3, 9), (np.nan, 0, 5, 5)], np.float32)
-    assert not objects.roi_align(np.ones((1, 10, 10), np.uint8), boxes, np.zeros(3, int), 4).any()
-    assert objects.crop_masks(np.ones((0, 10, 10), np.uint8), np.zeros((0, 4)), np.zeros(0, int), 4).shape == (0, 4, 4)
+    assert not object_transforms.roi_align(np.ones((1, 10, 10), np.uint8), boxes, np.zeros(3, int), 4).any()
+    assert object_transforms.crop_masks(
+        np.ones((0, 10, 10), np.uint8), np.zeros((0, 4)), np.zeros(0, int), 4
+    ).shape == (0, 4, 4)
 
 
 def test_outputs_are_as_the_spec_says():
-    for transform in (objects.training(64, 20, 16), objects.training(64, 20, 0), objects.evaluation(64)):
+    for transform in (
+        object_transforms.training(64, 20, 16),
+        object_transforms.training(64, 20, 0),
+        object_transforms.evaluation(64),
+    ):
         result = run(transform, example())
         assert {name: (x.dtype, x.shape) for name, x in result.items()} == {
             name: (np.dtype(dtype), shape) for name, (dtype, shape) in transform.spec.items()
         }
-    assert set(objects.training(64, 20, 16).spec) == set(NAMES)
-    assert "objects/crops" not in objects.training(64, 20, 0).spec
+    assert set(object_transforms.training(64, 20, 16).spec) == set(NAMES)
+    assert "objects/crops" not in object_transforms.training(64, 20, 0).spec
     without = {name: x for name, x in example().items() if name != "masks"}
-    with_crops, boxes_only = run(objects.training(64, 20, 16), example()), run(objects.training(64, 20, 0), without)
+    with_crops, boxes_only = (
+        run(object_transforms.training(64, 20, 16), example()),
+        run(object_transforms.training(64, 20, 0), without),
+    )
     for name in boxes_only:
         np.testing.assert_array_equal(boxes_only[name], with_crops[name])
 
 
 def test_same_seed_same_example():
-    transform = objects.training(64, 20, 16)
+    transform = object_transforms.training(64, 20, 16)
     first, again, other = (run(transform, example(), seed) for seed in (3, 3, 4))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert not np.array_equal(first["image"], other["image"])
@@ -119,11 +128,11 @@ def test_same_seed_same_example():
 @pytest.mark.parametrize("jitter", [(1.0, 1.0), (0.3, 0.6), (1.5, 3.0)])
 def test_painted_boxes_end_where_the_boxes_say(jitter):
     """Flip, jitter and crop move image, boxes and masks together."""
-    transform = objects.training(64, 8, 16, jitter)
+    transform = object_transforms.training(64, 8, 16, jitter)
     seen = 0
     for seed in range(30):
         result = run(transform, example(), seed)
-        real = result["objects/kind"] == objects.REAL
+        real = result["objects/kind"] == object_transforms.REAL
         painted = (result["image"][..., 1] > 0.5) & (result["image"][..., 0] < 0.45)
         covered = np.zeros((64, 64), bool)
         for x1, y1, x2, y2 in result["objects/boxes"][real]:
@@ -144,11 +153,11 @@ def test_crops_are_those_of_the_resized_cropped_masks():
     shape[:45, 60:] = 0  # so that mirroring shows
     data = {**example(height, width, ()), "boxes": np.array([(30, 25, 90, 65)], np.float32)}
     data |= {"classes": np.zeros(1, np.int32), "masks": shape[None]}
-    upright = objects.crop_masks(shape[None], data["boxes"], np.array([0]), 32)[0]
+    upright = object_transforms.crop_masks(shape[None], data["boxes"], np.array([0]), 32)[0]
     flips = 0
     for seed in range(12):
-        result = run(objects.training(128, 2, 32, (0.9, 1.0)), data, seed)
-        assert result["objects/kind"][0] == objects.REAL
+        result = run(object_transforms.training(128, 2, 32, (0.9, 1.0)), data, seed)
+        assert result["objects/kind"][0] == object_transforms.REAL
         agree = [np.mean(result["objects/crops"][0] == crop) for crop in (upright, upright[:, ::-1])]
         assert max(agree) > 0.97 > 0.9 > min(agree)
         flips += agree[1] > agree[0]
@@ -157,17 +166,17 @@ def test_crops_are_those_of_the_resized_cropped_masks():
 
 def test_flip_is_its_own_inverse():
     data = example()
-    flipped = objects.flip(data)
+    flipped = object_transforms.flip(data)
     np.testing.assert_array_equal(flipped["boxes"][0], [40, 12, 70, 50])
     assert flipped["masks"][0, 12:50, 40:70].all()
     assert flipped["masks"][0].sum() == data["masks"][0].sum()
-    jax.tree.map(np.testing.assert_array_equal, objects.flip(flipped), data)
+    jax.tree.map(np.testing.assert_array_equal, object_transforms.flip(flipped), data)
 
 
 def test_half_of_the_images_are_mirrored():
     data = example(16, 16, ())
     data["image"][:, :8] = 255
-    transform = objects.training(16, 1, 0, (1.0, 1.0))
+    transform = object_transforms.training(16, 1, 0, (1.0, 1.0))
     left = [run(transform, data, seed)["image"][0, 0, 0] == 1 for seed in range(400)]
     assert abs(np.mean(left) - 0.5) < 0.1
 
@@ -178,7 +187,7 @@ def test_jitter_is_uniform_and_crops_anywhere():
     data["image"][:] = 255
     sides, tops = [], []
     for seed in range(400):
-        shown = run(objects.training(100, 1, 0, (0.5, 1.0)), data, seed)["image"][..., 0] == 1
+        shown = run(object_transforms.training(100, 1, 0, (0.5, 1.0)), data, seed)["image"][..., 0] == 1
         height, width = shown.any(1).sum(), shown.any(0).sum()
         assert shown[:height, :width].all()
         assert abs(height - width / 2) <= 0.5
@@ -187,11 +196,14 @@ def test_jitter_is_uniform_and_crops_anywhere():
     assert abs(np.mean(sides) - 74.75) < 2.5
     data["image"][:] = (np.arange(50) * 5)[:, None, None]
     for seed in range(200):
-        image = run(objects.training(100, 1, 0, (2.0, 2.0)), data, seed)["image"]
+        image = run(object_transforms.training(100, 1, 0, (2.0, 2.0)), data, seed)["image"]
         tops.append(image[0, 0, 0] * 255)
     assert max(tops) < 5  # 100 x 200 in 100 x 100: the height fits
     data["image"][:] = np.arange(100)[None, :, None]
-    lefts = [run(objects.training(100, 1, 0, (2.0, 2.0)), data, seed)["image"][0].min() * 255 for seed in range(300)]
+    lefts = [
+        run(object_transforms.training(100, 1, 0, (2.0, 2.0)), data, seed)["image"][0].min() * 255
+        for seed in range(300)
+    ]
     assert min(lefts) < 3
     assert max(lefts) > 46
     assert abs(np.mean(lefts) - 24.75) < 3
@@ -200,9 +212,9 @@ def test_jitter_is_uniform_and_crops_anywhere():
 
 def test_padding_is_the_mean_colour_and_vanishes_when_normalised():
     np.testing.assert_array_equal(PAD - IMAGENET_MEAN, 0)
-    image = run(objects.evaluation(64), example(32, 64))["image"]
+    image = run(object_transforms.evaluation(64), example(32, 64))["image"]
     np.testing.assert_array_equal(image[32:], np.broadcast_to(PAD, (32, 64, 3)))
-    image = run(objects.training(64, 2, 0, (0.5, 0.5)), example(32, 64))["image"]
+    image = run(object_transforms.training(64, 2, 0, (0.5, 0.5)), example(32, 64))["image"]
     np.testing.assert_array_equal(image[:, 32:], np.broadcast_to(PAD, (64, 32, 3)))
     np.testing.assert_array_equal(image[16:], np.broadcast_to(PAD, (48, 64, 3)))
 
@@ -210,7 +222,7 @@ def test_padding_is_the_mean_colour_and_vanishes_when_normalised():
 @pytest.mark.parametrize(("height", "width"), [(60, 80), (81, 40), (640, 427), (1, 500)])
 def test_evaluation_fits_the_image(height, width):
     data = example(height, width, ())
-    result = run(objects.evaluation(64), data)
+    result = run(object_transforms.evaluation(64), data)
     scale = 64 / max(height, width)
     new = [max(int(side * scale + 0.5), 1) for side in (height, width)]
     assert max(new) == 64
@@ -224,7 +236,7 @@ def test_evaluation_fits_the_image(height, width):
 
 def test_evaluation_keeps_an_image_that_fits():
     data = example(60, 64, ())
-    result = run(objects.evaluation(64), data)
+    result = run(object_transforms.evaluation(64), data)
     np.testing.assert_array_equal(result["image"][:60], data["image"] / np.float32(255))
     np.testing.assert_array_equal(result["scale"], 1)
 
@@ -232,7 +244,7 @@ def test_evaluation_keeps_an_image_that_fits():
 def slots(boxes, num=20, seed=0, height=50, width=90):
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     classes = np.arange(len(boxes), dtype=np.int32)
-    return objects.fill_slots(boxes, classes, num, height, width, np.random.default_rng(seed))
+    return object_transforms.fill_slots(boxes, classes, num, height, width, np.random.default_rng(seed))
 
 
 BOXES = [(0, 0, 30, 20), (40, 10, 90, 50), (12.5, 7, 13, 8)]
@@ -243,12 +255,12 @@ def test_slots_real_first_then_noise():
     for seed in range(50):
         boxes, classes, kind, origin = slots(BOXES, seed=seed)
         assert sorted(classes[:3]) == [0, 1, 2]
-        np.testing.assert_array_equal(kind[:3], objects.REAL)
+        np.testing.assert_array_equal(kind[:3], object_transforms.REAL)
         np.testing.assert_array_equal(boxes[:3], np.array(BOXES, np.float32)[classes[:3]])
         np.testing.assert_array_equal(origin[:3], classes[:3])
-        np.testing.assert_array_equal(classes[3:], objects.NOISE_CLASS)
+        np.testing.assert_array_equal(classes[3:], object_transforms.NOISE_CLASS)
         assert (kind[3:] > 0).all()
-        np.testing.assert_array_equal(origin[3:] >= 0, kind[3:] == objects.DUPLICATE)
+        np.testing.assert_array_equal(origin[3:] >= 0, kind[3:] == object_transforms.DUPLICATE)
         assert np.isfinite(boxes).all()
         orders.add(tuple(classes[:3]))
     assert len(orders) == 6
@@ -272,7 +284,7 @@ def test_noise_boxes_lie_inside_the_image():
 
 
 def test_number_of_duplicates_is_uniform():
-    count = np.array([(slots(BOXES, seed=seed).kind == objects.DUPLICATE).sum() for seed in range(3600)])
+    count = np.array([(slots(BOXES, seed=seed).kind == object_transforms.DUPLICATE).sum() for seed in range(3600)])
     frequencies = np.bincount(count, minlength=18) / len(count)
     assert len(frequencies) == 18  # 0..17 of 17 noise objects
     np.testing.assert_allclose(frequencies, 1 / 18, atol=0.02)
@@ -283,7 +295,7 @@ def test_duplicates_come_from_all_objects_and_stay_near():
     moves = []
     for seed in range(300):
         boxes, _, kind, origin = slots(BOXES, seed=seed)
-        copies = kind == objects.DUPLICATE
+        copies = kind == object_transforms.DUPLICATE
         counts += np.bincount(origin[copies], minlength=3)
         real = np.array(BOXES)[origin[copies]]
         side = np.tile(real[:, 2:] - real[:, :2], 2)
@@ -297,15 +309,15 @@ def test_duplicates_come_from_all_objects_and_stay_near():
 def test_bad_boxes_are_random_or_moved():
     rng = np.random.default_rng(0)
     real = np.array([(10, 10, 20, 14)], np.float32)
-    boxes = objects.bad_boxes(real, 4000, 100, 200, rng)
+    boxes = object_transforms.bad_boxes(real, 4000, 100, 200, rng)
     sides = boxes[:, 2:] - boxes[:, :2]
     inside = (boxes[:, :2] > 0).all(1) & (boxes[:, 2:] < [200, 100]).all(1)
     moved = inside & (np.abs(sides - [10, 4]) < 1e-4).all(1)
     assert 0.4 < moved.sum() / len(boxes) < 0.5
-    assert abs(objects.bad_boxes(real[:0], 4000, 100, 200, rng).shape[0] - 4000) == 0
+    assert abs(object_transforms.bad_boxes(real[:0], 4000, 100, 200, rng).shape[0] - 4000) == 0
     centres = (boxes[moved, :2] + boxes[moved, 2:]) / 2
     np.testing.assert_allclose(centres.mean(0), [100, 50], rtol=0.1)
-    random = objects.bad_boxes(real[:0], 4000, 1e6, 1e6, rng)  # a real box far smaller than these
+    random = object_transforms.bad_boxes(real[:0], 4000, 1e6, 1e6, rng)  # a real box far smaller than these
     whole = (random[:, :2] > 0).all(1) & (random[:, 2:] < 1e6).all(1)
     halves = (random[whole, 2:] - random[whole, :2]) / 2 / 1e6
     assert abs(whole.mean() - (1 - 2 * 0.7228 / 4) ** 2) < 0.03  # 0.7228: the mean of |N|
@@ -315,9 +327,9 @@ def test_bad_boxes_are_random_or_moved():
 
 def test_without_real_objects_all_slots_are_bad():
     boxes, classes, kind, origin = slots([])
-    assert (len(boxes), set(classes), set(kind), set(origin)) == (20, {-1}, {objects.BAD}, {-1})
-    result = run(objects.training(64, 20, 16), example(60, 80, ()))
-    assert (result["objects/kind"] == objects.BAD).all()
+    assert (len(boxes), set(classes), set(kind), set(origin)) == (20, {-1}, {object_transforms.BAD}, {-1})
+    result = run(object_transforms.training(64, 20, 16), example(60, 80, ()))
+    assert (result["objects/kind"] == object_transforms.BAD).all()
     assert not result["objects/crops"].any()
 
 
@@ -326,19 +338,21 @@ def test_more_objects_than_slots_are_chosen_at_random():
     chosen = [slots(many, seed=seed).classes for seed in range(100)]
     assert all(len(set(c)) == 20 and min(c) >= 0 for c in chosen)
     assert set(np.concatenate(chosen)) == set(range(30))
-    assert all((slots(many, seed=seed).kind == objects.REAL).all() for seed in range(5))
+    assert all((slots(many, seed=seed).kind == object_transforms.REAL).all() for seed in range(5))
 
 
 def test_noise_crops():
     """A duplicate shows its object's mask at its own box; a bad box shows nothing."""
-    result = run(objects.training(64, 40, 16, (0.9, 1.0)), example(64, 64, ((20, 20, 44, 40),)), 1)
+    result = run(object_transforms.training(64, 40, 16, (0.9, 1.0)), example(64, 64, ((20, 20, 44, 40),)), 1)
     kind, crops = result["objects/kind"], result["objects/crops"]
-    assert set(kind) == {objects.REAL, objects.DUPLICATE, objects.BAD}
+    assert set(kind) == {object_transforms.REAL, object_transforms.DUPLICATE, object_transforms.BAD}
     assert set(np.unique(crops)) == {0, 1}
-    assert not crops[kind == objects.BAD].any()
+    assert not crops[kind == object_transforms.BAD].any()
     real = result["objects/boxes"][0]
     for crop, box in zip(
-        crops[kind == objects.DUPLICATE], result["objects/boxes"][kind == objects.DUPLICATE], strict=True
+        crops[kind == object_transforms.DUPLICATE],
+        result["objects/boxes"][kind == object_transforms.DUPLICATE],
+        strict=True,
     ):
         shared = np.minimum(box[2:], real[2:]) - np.maximum(box[:2], real[:2])
         assert abs(crop.mean() - np.prod(shared) / np.prod(box[2:] - box[:2])) < 0.12
@@ -348,23 +362,25 @@ def test_small_boxes_are_dropped():
     """A strip that the crop leaves 1e-2 px of is no object any more."""
     data = example(64, 64, ((0, 0, 64, 64), (10, 10, 20, 20)))
     data["boxes"][1] = (10, 10, 10.009, 20)
-    result = run(objects.training(64, 6, 0, (1.0, 1.0)), data)
-    assert (result["objects/kind"] == objects.REAL).sum() == 1
+    result = run(object_transforms.training(64, 6, 0, (1.0, 1.0)), data)
+    assert (result["objects/kind"] == object_transforms.REAL).sum() == 1
     data["boxes"][1] = (10, 10, 10.011, 20)
-    assert (run(objects.training(64, 6, 0, (1.0, 1.0)), data)["objects/kind"] == objects.REAL).sum() == 2
+    assert (
+        run(object_transforms.training(64, 6, 0, (1.0, 1.0)), data)["objects/kind"] == object_transforms.REAL
+    ).sum() == 2
 
 
 def test_crops_show_the_kept_objects():
     data = example(64, 64, ((0, 0, 64, 64), (10, 10, 50, 50)))
     data["boxes"][0] = (10, 10, 10.005, 20)
     data["masks"][1, 30:] = 0
-    result = run(objects.training(64, 6, 16, (1.0, 1.0)), data)
-    real = result["objects/crops"][result["objects/kind"] == objects.REAL]
+    result = run(object_transforms.training(64, 6, 16, (1.0, 1.0)), data)
+    real = result["objects/crops"][result["objects/kind"] == object_transforms.REAL]
     np.testing.assert_array_equal(real, np.repeat([1, 0], 8)[None, :, None] * np.ones((1, 16, 16)))
 
 
 def test_noise_stays_out_of_the_padding():
-    transform = objects.training(64, 30, 0, (1.0, 1.0))
+    transform = object_transforms.training(64, 30, 0, (1.0, 1.0))
     boxes = np.concatenate([run(transform, example(32, 64), seed)["objects/boxes"] for seed in range(30)])
     assert boxes.min() == 0
     assert (boxes[:, 2].max(), boxes[:, 3].max()) == (64, 32)
@@ -372,15 +388,17 @@ def test_noise_stays_out_of_the_padding():
 
 def test_crops_without_objects_happen():
     data = example(64, 64, ((0, 0, 24, 24),))
-    kinds = [run(objects.training(64, 4, 16, (3.0, 3.0)), data, seed)["objects/kind"] for seed in range(40)]
-    assert 0 < sum((kind == objects.REAL).any() for kind in kinds) < 40
+    kinds = [run(object_transforms.training(64, 4, 16, (3.0, 3.0)), data, seed)["objects/kind"] for seed in range(40)]
+    assert 0 < sum((kind == object_transforms.REAL).any() for kind in kinds) < 40
 
 
 def test_instance_transform():
     data = {"instance": np.arange(16, dtype=np.float32).reshape(4, 4)}
-    kept = [run(objects.instance(4, train=False), data, seed)["instance"] for seed in range(10)]
+    kept = [run(object_transforms.instance(4, train=False), data, seed)["instance"] for seed in range(10)]
     assert all(np.array_equal(x, data["instance"]) for x in kept)
-    mirrored = [run(objects.instance(4, train=True), data, seed)["instance"][0, 0] == 3 for seed in range(400)]
+    mirrored = [
+        run(object_transforms.instance(4, train=True), data, seed)["instance"][0, 0] == 3 for seed in range(400)
+    ]
     assert abs(np.mean(mirrored) - 0.5) < 0.1
 
 
@@ -397,4 +415,4 @@ def test_instance_transform():
 )
 def test_wrong_options(arguments, message):
     with pytest.raises(ValueError, match=message):
-        objects.training(*arguments)
+        object_transforms.training(*arguments)

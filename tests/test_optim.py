@@ -5,7 +5,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from aitok_jax import optim
+from aitok_jax.training import optim
 
 
 def _config(**changes):

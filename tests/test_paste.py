@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from aitok_jax.paste import from_results, paste_masks, paste_rle, to_results
+from aitok_jax.tasks.paste import from_results, paste_masks, paste_rle, to_results
 
 HEIGHT, WIDTH = 20, 30
 BOXES = {

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import aitok_jax.data
-from aitok_jax.data import nyu, pipeline, transforms
+from aitok_jax.data import map_transforms, pipeline
+from aitok_jax.data.sources import nyu
 
 
 class Frames:
@@ -66,7 +67,7 @@ def assert_same(a, b):
         assert a[key].dtype == b[key].dtype
 
 
-SOLVER = transforms.solver_train(10)
+SOLVER = map_transforms.solver_train(10)
 
 
 def test_batch_contract():
@@ -98,7 +99,7 @@ def test_hosts_share_the_batch_of_one(hosts):
     source = Frames(7)
     train = {"batch_size": 6, "seed": 5, "start_step": 2}
     for call, options in ((pipeline.train_batches, train), (pipeline.eval_batches, {"batch_size": 6})):
-        transform = SOLVER if call is pipeline.train_batches else transforms.evaluation()
+        transform = SOLVER if call is pipeline.train_batches else map_transforms.evaluation()
         one = take(call(source, transform, **options), 2)
         shares = [
             take(call(source, transform, **options, process_index=i, process_count=hosts), 2) for i in range(hosts)
@@ -139,7 +140,7 @@ def test_large_seeds_and_single_examples_work():
 @pytest.mark.parametrize(("count", "batch_size", "steps"), [(5, 4, 2), (4, 4, 1), (2, 4, 1), (9, 4, 3)])
 def test_eval_covers_everything_once_and_pads(count, batch_size, steps):
     source = Frames(count)
-    batches = list(pipeline.eval_batches(source, transforms.evaluation(), batch_size=batch_size))
+    batches = list(pipeline.eval_batches(source, map_transforms.evaluation(), batch_size=batch_size))
     assert len(batches) == steps
     joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     np.testing.assert_array_equal(joined["mask"], np.arange(steps * batch_size) < count)
@@ -154,7 +155,7 @@ def test_eval_covers_everything_once_and_pads(count, batch_size, steps):
 def test_depth_only_source(tmp_path):
     write_folder(tmp_path, 3)
     source = nyu.NyuSource(tmp_path, images=False)
-    (batch,) = take(pipeline.train_batches(source, transforms.tokenizer_train(8, ()), batch_size=2, seed=0), 1)
+    (batch,) = take(pipeline.train_batches(source, map_transforms.tokenizer_train(8, ()), batch_size=2, seed=0), 1)
     assert set(batch) == {"depth", "id", "mask"}
     assert batch["depth"].shape == (2, 8, 8)
 
@@ -164,11 +165,11 @@ def test_reader_errors_come_out_as_they_were_raised():
     with pytest.raises(nyu.DataError, match=r"^frame_4: broken image file; restore it$"):
         take(batches, 2)
     with pytest.raises(nyu.DataError, match=r"^frame_2: "):
-        list(pipeline.eval_batches(PickyFrames(6, {2, 4}), transforms.evaluation(), batch_size=2))
+        list(pipeline.eval_batches(PickyFrames(6, {2, 4}), map_transforms.evaluation(), batch_size=2))
 
 
 def test_batches_before_the_broken_one_arrive():
-    batches = pipeline.eval_batches(PickyFrames(6, {4}), transforms.evaluation(), batch_size=2)
+    batches = pipeline.eval_batches(PickyFrames(6, {4}), map_transforms.evaluation(), batch_size=2)
     assert [batch["id"].tolist() for batch in take(batches, 2)] == [[0, 1], [2, 3]]
     with pytest.raises(nyu.DataError, match="frame_4"):
         next(batches)
@@ -179,7 +180,7 @@ def test_missing_file_is_named(tmp_path):
     source = nyu.NyuSource(tmp_path)
     (folder / "rgb_00001.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"room/rgb_00001\.jpg: missing file"):
-        list(pipeline.eval_batches(source, transforms.evaluation(), batch_size=2))
+        list(pipeline.eval_batches(source, map_transforms.evaluation(), batch_size=2))
 
 
 def test_an_image_truncated_in_the_middle_of_an_epoch(tmp_path):
@@ -205,7 +206,7 @@ def test_an_image_truncated_in_the_middle_of_an_epoch(tmp_path):
 
 
 def test_too_small_images_are_named():
-    batches = pipeline.train_batches(Frames(2), transforms.solver_train(13), batch_size=2, seed=0)
+    batches = pipeline.train_batches(Frames(2), map_transforms.solver_train(13), batch_size=2, seed=0)
     with pytest.raises(ValueError, match=r"frame_[01]: crop size 13 must be at most the 12x16 pixels"):
         next(batches)
 
@@ -215,7 +216,7 @@ def test_mixed_sizes():
     (batch,) = take(pipeline.train_batches(source, SOLVER, batch_size=4, seed=0), 1)
     assert batch["image"].shape == (4, 10, 10, 3)
     with pytest.raises(nyu.DataError, match=r"frame_\d is \d\dx\d\d but frame_\d is \d\dx\d\d; .*one size"):
-        list(pipeline.eval_batches(source, transforms.evaluation(), batch_size=4))
+        list(pipeline.eval_batches(source, map_transforms.evaluation(), batch_size=4))
 
 
 def skipping(tmp_path, count, bad):
@@ -238,7 +239,7 @@ def test_skip_in_training_takes_the_next_one(tmp_path):
 
 def test_skip_in_evaluation_masks_out(tmp_path):
     source = skipping(tmp_path, 5, {0, 3})
-    batches = list(pipeline.eval_batches(source, transforms.evaluation(), batch_size=4))
+    batches = list(pipeline.eval_batches(source, map_transforms.evaluation(), batch_size=4))
     assert np.concatenate([batch["mask"] for batch in batches]).tolist() == [0, 1, 1, 0, 1, 0, 0, 0]
     assert np.concatenate([batch["id"] for batch in batches]).tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
 
@@ -355,7 +356,7 @@ def test_leaving_with_an_open_iterator_does_not_hang():
 
 def test_real_frames_solver_batch(nyu_frames):
     source = nyu.NyuSource(nyu_frames, "list.txt")
-    (batch,) = take(pipeline.train_batches(source, transforms.solver_train(480), batch_size=4, seed=0), 1)
+    (batch,) = take(pipeline.train_batches(source, map_transforms.solver_train(480), batch_size=4, seed=0), 1)
     assert batch["image"].shape == (4, 480, 480, 3)
     assert 0.1 < batch["image"].mean() < 0.9
     seen = batch["depth"][batch["depth"] > 0]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aitok_jax.pointcloud import focal_length, points, write_ply
+from aitok_jax.predict.pointcloud import focal_length, points, write_ply
 
 
 def read_ply(path):

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from toy_depth import SHAPES, ToyTask, fake_checkpoint, picture
 
-from aitok_jax import predict
-from aitok_jax.predict import Predictor, plan_batches, read_image
+from aitok_jax.predict.predictor import Predictor, plan_batches, read_image
 
 
 @pytest.fixture
@@ -166,6 +165,6 @@ def test_sixteen_bit_grey_keeps_its_upper_bits(tmp_path):
 
 
 def test_predicting_needs_no_tensorflow():
-    code = "import sys, aitok_jax.predict; sys.exit('tensorflow' in sys.modules)"
-    root = Path(predict.__file__).parents[1]
+    code = "import sys, aitok_jax.predict.predictor; sys.exit('tensorflow' in sys.modules)"
+    root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=root).returncode == 0

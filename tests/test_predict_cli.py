@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from toy_depth import fake_checkpoint, picture
 
-from aitok_jax import predict_cli, visualize
-from aitok_jax.predict import Predictor
-from aitok_jax.predict_cli import find_images, main, name_results
+from aitok_jax import visualize
+from aitok_jax.predict import __main__ as command
+from aitok_jax.predict.__main__ import find_images, main, name_results
+from aitok_jax.predict.predictor import Predictor
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_large_images_have_small_panels(checkpoint, tmp_path, monkeypatch):
         return np.zeros((1, 1, 3), np.uint8)
 
     monkeypatch.setattr(visualize, "depth_panel", panel)
-    monkeypatch.setattr(predict_cli, "PANEL_SIDE", 50)
+    monkeypatch.setattr(command, "PANEL_SIDE", 50)
     Image.fromarray(picture(101, 139)).save(tmp_path / "x.png")
     assert main([checkpoint, f"--image={tmp_path / 'x.png'}", f"--out={tmp_path}"]) == 0
     image, depth, rest = shown[0]
@@ -158,7 +159,7 @@ def test_large_images_have_small_panels(checkpoint, tmp_path, monkeypatch):
 
 def test_the_module_is_the_command():
     command = [sys.executable, "-m", "aitok_jax.predict", "--help"]
-    root = Path(predict_cli.__file__).parents[1]
+    root = Path(__file__).parents[1]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout
     assert "--ply_fov" in shown
     assert shown.startswith("usage: python -m aitok_jax.predict")

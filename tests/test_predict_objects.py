@@ -13,12 +13,16 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_runs import CATEGORIES
 
-from aitok_jax import checkpoint, paste, predict, predict_cli, tasks
-from aitok_jax.data import objects
-from aitok_jax.predict import Predictor
-from aitok_jax.predict_cli import main
+from aitok_jax import tasks
+from aitok_jax.data import object_transforms
+from aitok_jax.predict import __main__ as command
+from aitok_jax.predict import predictor
+from aitok_jax.predict.__main__ import main
+from aitok_jax.predict.predictor import Predictor
+from aitok_jax.tasks import paste
 from aitok_jax.tasks.base import compiled_predict
-from aitok_jax.vocab import Vocabulary
+from aitok_jax.tasks.vocabulary import Vocabulary
+from aitok_jax.training import checkpoint
 
 VOCABULARY = Vocabulary(num_classes=4)
 
@@ -181,7 +185,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("kind", "can"),
-    [("detection", predict.TASKS[2:]), ("instances", predict.TASKS[1:]), ("joint", predict.TASKS)],
+    [("detection", predictor.TASKS[2:]), ("instances", predictor.TASKS[1:]), ("joint", predictor.TASKS)],
 )
 def test_a_checkpoint_predicts_as_its_evaluation(runs, kind, can):
     predictor = Predictor.load(runs / kind)
@@ -191,7 +195,7 @@ def test_a_checkpoint_predicts_as_its_evaluation(runs, kind, can):
     task = tasks.build(config.task)
     task = getattr(task, "parts", {"instances": task})["instances"]
     image = np.random.default_rng(2).integers(0, 256, (45, 80, 3), dtype=np.uint8)
-    example = objects.evaluation(32)({"image": image}, np.random.default_rng(0))
+    example = object_transforms.evaluation(32)({"image": image}, np.random.default_rng(0))
     outputs = compiled_predict(task)(weights["params"], weights["model_state"], {"image": example["image"][None]})
     outputs = {name: np.asarray(values[0]) for name, values in outputs.items()}
     expected = paste.to_results(outputs, 5, [7, 2, 90], example["scale"], example["original_size"])
@@ -253,12 +257,12 @@ def test_the_panel_shows_objects_of_a_high_score(toy, monkeypatch, tmp_path):
     shown = []
     monkeypatch.setattr(Predictor, "load", lambda path: toy)
     monkeypatch.setattr(
-        predict_cli.visualize, "objects_panel", lambda *args, **_: shown.append(args) or np.zeros((1, 1, 3), np.uint8)
+        command.visualize, "objects_panel", lambda *args, **_: shown.append(args) or np.zeros((1, 1, 3), np.uint8)
     )
     Image.fromarray(picture(100, 200)).save(tmp_path / "room.png")
-    command = ["--checkpoint=x", f"--image={tmp_path / 'room.png'}", f"--out={tmp_path}"]
+    words = ["--checkpoint=x", f"--image={tmp_path / 'room.png'}", f"--out={tmp_path}"]
     for options, scores in ((), [0.75, 0.5]), (["--min_score=0.7"], [0.75]):
-        assert main([*command, *options]) == 0
+        assert main([*words, *options]) == 0
         _, boxes, classes, panel_scores, masks, names = shown.pop()
         np.testing.assert_allclose(panel_scores, scores)
         assert len(boxes) == len(classes) == len(masks) == len(scores)

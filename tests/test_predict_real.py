@@ -8,8 +8,9 @@ import tiny_objects as tiny
 import tiny_runs
 from PIL import Image
 
-from aitok_jax import Predictor, predict_cli, tasks
-from aitok_jax.predict import read_image
+from aitok_jax import Predictor, tasks
+from aitok_jax.predict import __main__ as command
+from aitok_jax.predict.predictor import read_image
 from aitok_jax.tasks.base import compiled_predict
 
 
@@ -99,14 +100,14 @@ def test_odd_images(depth, objects, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Predictor, "load", lambda path: {"depth": depth, "objects": objects}[path])
     out = tmp_path / "out"
     # all but one: depth says why it cannot be
-    assert predict_cli.main(["--checkpoint=depth", f"--image={tmp_path / 'odd'}", f"--out={out}"]) == 1
+    assert command.main(["--checkpoint=depth", f"--image={tmp_path / 'odd'}", f"--out={out}"]) == 1
     shown = capsys.readouterr().err
     assert "one_pixel_high.png: cannot be predicted: a 1x64 image is longer than 8 times its short side" in shown
     assert "1 of 8 images failed" in shown
     assert len(list(out.glob("*_depth.npy"))) == 7
     for name in sizes.keys() - {"one_pixel_high"}:
         assert np.load(out / f"{name}_depth.npy", mmap_mode="r").shape == sizes[name]
-    assert predict_cli.main(["--checkpoint=objects", f"--image={tmp_path / 'odd'}", f"--out={out}"]) == 0
+    assert command.main(["--checkpoint=objects", f"--image={tmp_path / 'odd'}", f"--out={out}"]) == 0
     for name, size in sizes.items():
         results = json.loads((out / f"{name}_instances.json").read_text())
         assert all(result["segmentation"]["size"] == list(size) for result in results), name

@@ -15,7 +15,8 @@ from test_nyu import write_pair
 from test_pipeline import SOLVER, data_config, take
 from test_prepared import command, raw_coco, write_coco, write_nyu
 
-from aitok_jax.data import nyu, pipeline, prepared
+from aitok_jax.data import pipeline
+from aitok_jax.data.sources import nyu, prepared
 
 ANY = ("--train_count=0", "--test_count=0")
 

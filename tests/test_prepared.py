@@ -11,7 +11,8 @@ from test_coco_batches import data_config as coco_config
 from test_nyu import write_pair
 from test_pipeline import assert_same, data_config, take
 
-from aitok_jax.data import nyu, pipeline, prepare, prepared
+from aitok_jax.data import pipeline, prepare
+from aitok_jax.data.sources import nyu, prepared
 
 TRAINING = [
     coco_files.annotation(11, image_id=2, category_id=2),

@@ -3,7 +3,7 @@
 import pytest
 
 import configs
-from aitok_jax import train
+from aitok_jax.training import loop
 
 pytestmark = pytest.mark.optimized
 
@@ -19,4 +19,4 @@ def test_tokenizer_on_the_real_frames(nyu_frames, tmp_path):
     config.data.test_subfolder, config.data.cache = "", True
     config.data.size = config.task.image_size = 160
     config.log_every, config.train_steps = 10, 150
-    assert train.train(config, tmp_path / "run")["tokenizer/rmse"] < 2.05
+    assert loop.train(config, tmp_path / "run")["tokenizer/rmse"] < 2.05

@@ -3,7 +3,7 @@
 import pytest
 
 import configs
-from aitok_jax import train
+from aitok_jax.training import loop
 
 pytestmark = pytest.mark.optimized
 
@@ -16,7 +16,7 @@ def test_mask_tokenizer_keeps_real_masks(coco_subset, tmp_path):
     config.batch_size, config.eval_batch_size = 32, 64
     config.train_steps, config.eval_every, config.log_every = 250, 0, 50
     config.optim.learning_rate, config.optim.warmup_steps = 2e-3, 30
-    metrics = train.train(config, tmp_path)
+    metrics = loop.train(config, tmp_path)
     assert metrics["mask_tokenizer/mask_ap"] >= 0.5
     assert metrics["mask_tokenizer/mask_ap50"] >= 0.85
     assert metrics["mask_tokenizer/mask_iou"] >= 0.75

@@ -9,10 +9,10 @@ from coco_fakes import ground_truth
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from aitok_jax import sharding
-from aitok_jax.data import coco as coco_data
-from aitok_jax.data import objects
+from aitok_jax.data import object_transforms
+from aitok_jax.data.sources import coco as coco_data
 from aitok_jax.evaluators import reconstruction
+from aitok_jax.parallel import sharding
 
 SIZE = 32
 
@@ -50,7 +50,7 @@ class Masks:
 
 
 def run(source, task=None, **options):
-    data = types.SimpleNamespace(train=None, eval=source, eval_transform=objects.instance(SIZE, train=False))
+    data = types.SimpleNamespace(train=None, eval=source, eval_transform=object_transforms.instance(SIZE, train=False))
     options = {"batch_size": 4, "prefix": "masks", "progress": False} | options
     return reconstruction.evaluate(task or Reconstructor(), {}, {}, data, **options)
 
@@ -128,7 +128,9 @@ def test_pictures_of_the_first_images_with_objects(tmp_path):
 def test_real_masks(coco_subset):
     """The ceiling of a tokenizer of 64x64 crops: only cutting, resizing and pasting lose something."""
     images = coco_data.CocoSource(coco_subset / "val2017", coco_subset / "annotations" / "instances_val2017.json")
-    data = types.SimpleNamespace(eval=coco_data.MaskSource(images), eval_transform=objects.instance(64, train=False))
+    data = types.SimpleNamespace(
+        eval=coco_data.MaskSource(images), eval_transform=object_transforms.instance(64, train=False)
+    )
     result = reconstruction.evaluate(Reconstructor(), {}, {}, data, batch_size=64, prefix="masks", progress=False)
     assert result["masks/mask_ap"] > 0.99
     assert result["masks/boundary_ap50"] > 0.999

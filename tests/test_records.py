@@ -3,8 +3,8 @@ import json
 import pytest
 import tensorflow as tf
 
-from aitok_jax.data import nyu
-from aitok_jax.data.records import Records
+from aitok_jax.data.sources import nyu
+from aitok_jax.data.sources.records import Records
 
 CONTENTS = [b"first", b"", b"third" * 1000, b"\x00" * 7, b"last"]
 COUNTS = [3, 2]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from toy_depth import picture
 
-from aitok_jax.data import objects
-from aitok_jax.resize import NUM_VIEWS, average_views, fit_square, model_size, resize, view
+from aitok_jax.data import object_transforms
+from aitok_jax.predict.views import NUM_VIEWS, average_views, fit_square, model_size, resize, view
 
 
 def test_model_size():
@@ -25,7 +25,7 @@ def test_model_size():
 def test_objects_see_what_their_evaluation_sees(shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     square, scale = fit_square(image, 64)
-    expected = objects.evaluation(64)({"image": image}, np.random.default_rng(0))
+    expected = object_transforms.evaluation(64)({"image": image}, np.random.default_rng(0))
     assert square.dtype == np.float32
     np.testing.assert_array_equal(square, expected["image"])
     np.testing.assert_array_equal(scale, expected["scale"])

@@ -10,8 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 import configs
-from aitok_jax import optim, overview, sharding, tasks, train
-from aitok_jax.train_state import TrainState
+from aitok_jax import tasks
+from aitok_jax.parallel import overview, sharding
+from aitok_jax.training import loop, optim
+from aitok_jax.training.state import TrainState
 
 STEPS, BATCH, SIZE = 20, 16, 16
 TOKENIZER = {"hidden": 4, "downsample": 8, "num_res_blocks": 1, "num_codes": 8, "code_dim": 8}
@@ -74,9 +76,9 @@ def losses(run, start):
     optimizer = optim.make_optimizer(run.config.optim, STEPS)
     shardings = sharding.state_shardings(start, run.mesh)
     state = jax.device_put(jax.tree.map(jnp.array, start), shardings)
-    step, values = train.make_step(run, optimizer, shardings), []
+    step, values = loop.make_step(run, optimizer, shardings), []
     for number in range(STEPS):
-        state, metrics = step(state, sharding.shard_batch(batch(number), run.mesh), train.random_key(run.config))
+        state, metrics = step(state, sharding.shard_batch(batch(number), run.mesh), loop.random_key(run.config))
         values.append(float(metrics["loss"]))
     return np.array(values), state
 
@@ -87,7 +89,7 @@ def reference(request):
     run = run_of(request.param, devices=1)
     example, no_checkpoint = sharding.shard_batch(batch(0), run.mesh), SimpleNamespace(all_steps=list)
     optimizer = optim.make_optimizer(run.config.optim, STEPS)
-    start, _ = train.restore_or_init(run, no_checkpoint, optimizer, example)
+    start, _ = loop.restore_or_init(run, no_checkpoint, optimizer, example)
     start = jax.tree.map(np.array, start)
     return request.param, start, *losses(run, start)
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aitok_jax.data import raycast, rooms, scenes
-from aitok_jax.data.furniture import Dice
-from aitok_jax.data.raycast import BOX, CYLINDER, SPHERE, Material, Solids, World, hit_distance, trace
-from aitok_jax.data.rooms import sample_room
+from aitok_jax.data import scenes
+from aitok_jax.scenes import raycast, rooms
+from aitok_jax.scenes.furniture import Dice
+from aitok_jax.scenes.raycast import BOX, CYLINDER, SPHERE, Material, Solids, World, hit_distance, trace
+from aitok_jax.scenes.rooms import sample_room
 
 SEEDS = range(25)
 

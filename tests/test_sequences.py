@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax import sequences
-from aitok_jax.vocab import Vocabulary
+from aitok_jax.tasks import sequences
+from aitok_jax.tasks.vocabulary import Vocabulary
 
 PUBLISHED = Vocabulary(num_spare=128)
 SMALL = Vocabulary(num_bins=10, num_classes=4, num_mask_codes=5, num_depth_codes=3)

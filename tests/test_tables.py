@@ -16,8 +16,9 @@ import setups
 import tables
 
 import configs
-from aitok_jax import checkpoint, tasks, warm_start
+from aitok_jax import tasks
 from aitok_jax.tasks.joint import JointTask
+from aitok_jax.training import checkpoint, warm_start
 
 PUBLISHED = {0.305, 0.934, 0.301, 0.940, 0.318, 0.932, 0.433, 0.342, 0.436, 0.311, 0.422, 0.341, 0.310}
 RESULTS = Path(tables.__file__).with_name("results")

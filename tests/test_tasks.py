@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax import losses, tasks
+from aitok_jax import tasks
+from aitok_jax.models import losses
 from aitok_jax.models.bins import BinsTokenizer
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.vqvae import VQVAE

@@ -7,10 +7,11 @@ import tiny_objects
 from ml_collections import ConfigDict
 
 import aitok_jax
-from aitok_jax import checkpoint, tasks
+from aitok_jax import tasks
 from aitok_jax.convert import published
 from aitok_jax.convert.files import read_weights, write_weights
 from aitok_jax.tokenizers import DepthTokenizer, MaskTokenizer, parse_text, write_text
+from aitok_jax.training import checkpoint
 
 VAE = {"hidden": 4, "num_res_blocks": 1, "num_codes": 8, "code_dim": 6}
 CONFIGS = {

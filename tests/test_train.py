@@ -16,7 +16,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
-from aitok_jax import checkpoint, main, sharding, tasks, train
+from aitok_jax import main, tasks
+from aitok_jax.parallel import sharding
+from aitok_jax.training import checkpoint, loop
 
 ROOT = Path(__file__).parents[1]
 TRACES = []
@@ -111,9 +113,9 @@ def toy(monkeypatch, compile_cache):
         fingerprint = {"train": {"examples": toy.examples}}
         return SimpleNamespace(train=None, train_transform=None, fingerprint=lambda: fingerprint)
 
-    monkeypatch.setattr(train.pipeline, "build", build_data)
-    monkeypatch.setattr(train.pipeline, "train_batches", train_batches)
-    monkeypatch.setattr(train.evaluators, "evaluate", evaluate)
+    monkeypatch.setattr(loop.pipeline, "build", build_data)
+    monkeypatch.setattr(loop.pipeline, "train_batches", train_batches)
+    monkeypatch.setattr(loop.evaluators, "evaluate", evaluate)
     return toy
 
 
@@ -173,7 +175,7 @@ def test_a_run_trains_logs_evaluates_and_compiles_once(toy, tmp_path):
     variants = {"double": {"scale": 2.0}}
     intervals = {"train_steps": 30, "eval_every": 15, "log_every": 5}
     config = _config(**intervals, optim__learning_rate=0.05, eval_variants=variants, eval_baseline=True)
-    metrics = train.train(config, tmp_path)
+    metrics = loop.train(config, tmp_path)
     assert len(TRACES) == 1
     lines = _lines(tmp_path)
     training = [line for line in lines if "loss" in line]
@@ -204,39 +206,39 @@ def test_a_run_trains_logs_evaluates_and_compiles_once(toy, tmp_path):
 
 
 def test_evaluation_only_repeats_the_final_metrics(toy, tmp_path):
-    metrics = train.train(_config(), tmp_path)
+    metrics = loop.train(_config(), tmp_path)
     steps = len(toy.steps)
     (tmp_path / "metrics.json").unlink()
-    assert train.evaluate(_config(), tmp_path) == metrics
+    assert loop.evaluate(_config(), tmp_path) == metrics
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert len(toy.steps) == steps
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        train.evaluate(_config(), tmp_path / "absent")
+        loop.evaluate(_config(), tmp_path / "absent")
 
 
 @pytest.mark.parametrize("how", ["preemption", "crash", "more steps"])
 def test_stopping_and_going_on_gives_the_same_bits(toy, tmp_path, monkeypatch, how):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     config = _config(optim__schedule={"name": "constant"})
-    metrics = train.train(config, whole)
+    metrics = loop.train(config, whole)
     expected_steps, toy.steps[:] = list(toy.steps), []
     if how == "preemption":
         with monkeypatch.context() as patch:
             patch.setattr(ocp.CheckpointManager, "reached_preemption", lambda self, step: step == 4)
             with pytest.raises(SystemExit, match="goes on from step 4"):
-                train.train(config, parts)
+                loop.train(config, parts)
         first = 4
     elif how == "crash":
         toy.fail_at = 5
         with pytest.raises(OSError, match="disk gone"):
-            train.train(config, parts)
+            loop.train(config, parts)
         toy.fail_at, first = None, 3
     else:
-        train.train(_config(optim__schedule={"name": "constant"}, train_steps=4, checkpoint_every=0), parts)
+        loop.train(_config(optim__schedule={"name": "constant"}, train_steps=4, checkpoint_every=0), parts)
         first = 4
     assert (checkpoint.latest_step(parts), toy.steps[:first]) == (first, expected_steps[:first])
     toy.steps[:] = []
-    assert train.train(config, parts) == metrics
+    assert loop.train(config, parts) == metrics
     assert toy.steps == expected_steps[first:]
     _assert_same_bits(_state(parts), _state(whole))
     assert int(_state(parts)["model_state"]["seen"]["count"]) == 8
@@ -246,22 +248,22 @@ def test_stopping_and_going_on_gives_the_same_bits(toy, tmp_path, monkeypatch, h
 
 def test_a_run_does_not_go_on_with_other_data(toy, tmp_path):
     config = _config(train_steps=4, optim__schedule={"name": "constant"})
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
     toy.examples, config = 63, _config(optim__schedule={"name": "constant"})
     with pytest.raises(
         ValueError, match=r"trained on to step 4: line\.train\.examples was 64, is 63\. .*delete .*data"
     ):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
     assert checkpoint.latest_step(tmp_path) == 4
     (tmp_path / "data.json").unlink()
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
     assert json.loads((tmp_path / "data.json").read_text()) == {"line": {"train": {"examples": 63}}}
 
 
 def test_a_finished_run_is_only_evaluated_again(toy, tmp_path):
-    metrics = train.train(_config(), tmp_path)
+    metrics = loop.train(_config(), tmp_path)
     lines, state = _lines(tmp_path), _state(tmp_path)
-    assert train.train(_config(), tmp_path) == metrics
+    assert loop.train(_config(), tmp_path) == metrics
     assert _lines(tmp_path) == lines
     _assert_same_bits(_state(tmp_path), state)
 
@@ -270,7 +272,7 @@ def test_a_finished_run_is_only_evaluated_again(toy, tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_is_never_saved(toy, tmp_path, log_every, seen_at):
     config = _config(task__broken_at=5, log_every=log_every, checkpoint_every=3)
     with pytest.raises(FloatingPointError, match=rf"step {seen_at}: .*grad_norm=nan.*loss=nan"):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
     assert checkpoint.latest_step(tmp_path) == 3
     finite = jax.tree.map(lambda x: bool(np.isfinite(x).all()), _state(tmp_path))
     assert all(jax.tree.leaves(finite))
@@ -278,16 +280,16 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(toy, tmp_path, log_e
 
 def test_any_mesh_gives_the_same_result(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_BYTES", 1)
-    train.train(_config(fsdp=4), tmp_path / "eight")
+    loop.train(_config(fsdp=4), tmp_path / "eight")
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda fsdp: make_mesh(1, jax.devices()[:1]))
-    train.train(_config(), tmp_path / "one")
+    loop.train(_config(), tmp_path / "one")
     one, eight = _state(tmp_path / "one")["params"], _state(tmp_path / "eight")["params"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one, eight)
 
 
 def test_moving_average_follows_the_parameters(toy, tmp_path):
-    train.train(_config(train_steps=2, checkpoint_every=1, ema_decay=0.9), tmp_path)
+    loop.train(_config(train_steps=2, checkpoint_every=1, ema_decay=0.9), tmp_path)
     first, second = _state(tmp_path, 1), _state(tmp_path, 2)
     expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, first["ema_params"], second["params"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), second["ema_params"], expected)
@@ -296,24 +298,24 @@ def test_moving_average_follows_the_parameters(toy, tmp_path):
 
 
 def test_start_from_takes_over_weights(toy, tmp_path):
-    train.train(_config(ema_decay=0.0), tmp_path / "a")
+    loop.train(_config(ema_decay=0.0), tmp_path / "a")
     start_from = {"params": str(tmp_path / "a"), "params/absent": ""}
-    train.train(_config(train_steps=1, optim__learning_rate=0.0, start_from=start_from), tmp_path / "b")
+    loop.train(_config(train_steps=1, optim__learning_rate=0.0, start_from=start_from), tmp_path / "b")
     _assert_same_bits(_state(tmp_path / "b")["params"], _state(tmp_path / "a")["params"])
     assert int(_state(tmp_path / "b")["model_state"]["seen"]["count"]) == 1
 
     weights = {"a": np.ones(2), "b": np.full(2, 2.0), "spare": np.ones(1)}
     checkpoint.save_inference(tmp_path / "weights", weights, _config())
-    train.train(_config(train_steps=1, start_from={"model_state/frozen": str(tmp_path / "weights")}), tmp_path / "c")
+    loop.train(_config(train_steps=1, start_from={"model_state/frozen": str(tmp_path / "weights")}), tmp_path / "c")
     _assert_same_bits(_state(tmp_path / "c")["model_state"]["frozen"], {"a": np.ones(2), "b": np.full(2, 2.0)})
 
 
 def test_frozen_weights_must_be_complete(toy, tmp_path):
     with pytest.raises(ValueError, match=r"'model_state/frozen' is never trained; give the run directory"):
-        train.train(_config(start_from={"model_state/frozen": ""}), tmp_path / "run")
+        loop.train(_config(start_from={"model_state/frozen": ""}), tmp_path / "run")
     checkpoint.save_inference(tmp_path / "weights", {"a": np.ones(2)}, _config())
     with pytest.raises(ValueError, match=r"'model_state/frozen' is never trained, but .* lacks model_state/frozen/b"):
-        train.train(_config(start_from={"model_state/frozen": str(tmp_path / "weights")}), tmp_path / "run")
+        loop.train(_config(start_from={"model_state/frozen": str(tmp_path / "weights")}), tmp_path / "run")
 
 
 def test_batches_are_split_over_all_devices():
@@ -328,7 +330,7 @@ def test_batches_are_split_over_all_devices():
 
 def test_randomness_changes_from_step_to_step(toy, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "_batch", lambda seed, step, size: _BATCH(0, 0, size))
-    train.train(_config(train_steps=2, log_every=1, optim__learning_rate=0.0), tmp_path)
+    loop.train(_config(train_steps=2, log_every=1, optim__learning_rate=0.0), tmp_path)
     first, second = (line["loss"] for line in _lines(tmp_path) if "loss" in line)
     assert first != second
 
@@ -353,7 +355,7 @@ def test_randomness_changes_from_step_to_step(toy, tmp_path, monkeypatch):
 )
 def test_what_cannot_work_is_a_clear_error(toy, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        train.train(_config(**changes), tmp_path)
+        loop.train(_config(**changes), tmp_path)
     assert checkpoint.latest_step(tmp_path) == -1
 
 
@@ -361,7 +363,7 @@ def test_missing_keys_are_named(toy, tmp_path):
     config = _config().to_dict()
     del config["seed"], config["optim"]
     with pytest.raises(ValueError, match="config: seed, optim must be given"):
-        train.train(ConfigDict(config), tmp_path)
+        loop.train(ConfigDict(config), tmp_path)
 
 
 def test_stages_run_in_order_and_only_once(toy, tmp_path):
@@ -386,7 +388,7 @@ def test_a_stage_made_longer_is_finished_when_it_is_evaluated_again(toy, tmp_pat
     shorter, longer = (ConfigDict({"stages": {"line": _config(train_steps=n)}}).lock() for n in (2, 4))
     main.run(shorter, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_all", None)
+        patch.setattr(loop, "evaluate_all", None)
         with pytest.raises(TypeError):
             main.run(longer, tmp_path)
     toy.evaluations.clear()

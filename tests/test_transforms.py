@@ -3,7 +3,7 @@ import colorsys
 import numpy as np
 import pytest
 
-from aitok_jax.data import transforms
+from aitok_jax.data import map_transforms
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def near(share, p, count):
 
 def test_flip_mirrors_all_maps_together(tf):
     example, count = tagged(), 2000
-    out = many(tf, transforms.random_flip, example, count)
+    out = many(tf, map_transforms.random_flip, example, count)
     flipped = out["image"][:, 0, 0, 1] == 8
     assert near(flipped.mean(), 0.5, count)
     for image, depth, was in zip(out["image"], out["depth"], flipped, strict=True):
@@ -57,7 +57,7 @@ def test_flip_mirrors_all_maps_together(tf):
 
 def test_crop_is_the_same_window_of_all_maps_and_uniform(tf):
     count = 3000
-    out = many(tf, lambda example, seed: transforms.random_crop(example, seed, 5), tagged(), count)
+    out = many(tf, lambda example, seed: map_transforms.random_crop(example, seed, 5), tagged(), count)
     assert out["image"].shape == (count, 5, 5, 3)
     tops, lefts = out["image"][:, 0, 0, 0], out["image"][:, 0, 0, 1]
     row, column = out["image"][..., 0].astype(int), out["image"][..., 1].astype(int)
@@ -71,7 +71,7 @@ def test_crop_is_the_same_window_of_all_maps_and_uniform(tf):
 
 def test_crop_of_the_whole_image_changes_nothing(tf):
     example = tagged(6, 6)
-    out = transforms.random_crop(example, [0, 0], 6)
+    out = map_transforms.random_crop(example, [0, 0], 6)
     np.testing.assert_array_equal(out["image"], example["image"])
 
 
@@ -83,14 +83,14 @@ def test_tone_table(tf, alpha, beta, gamma):
     for value in range(256):
         value = int(min(max(value * alpha + beta * 255, 0), 255))
         expected.append(int(255 * (value / 255) ** gamma + 1e-6))
-    table = transforms.tone_table(alpha, beta, gamma).numpy()
+    table = map_transforms.tone_table(alpha, beta, gamma).numpy()
     assert table.dtype == np.uint8
     assert np.abs(table.astype(int) - expected).max() <= 1  # a fraction may fall on either side in the last bit
     assert np.mean(table != expected) < 0.02
 
 
 def test_tone_table_without_change(tf):
-    np.testing.assert_array_equal(transforms.tone_table(1.0, 0.0, 1.0), np.arange(256))
+    np.testing.assert_array_equal(map_transforms.tone_table(1.0, 0.0, 1.0), np.arange(256))
 
 
 @pytest.mark.parametrize("shifts", [(20, 30, -20), (-20, -30, 20), (13.5, 0, 0), (0, 30, 0), (0, 0, -20)])
@@ -102,7 +102,7 @@ def test_shift_hsv(tf, shifts):
         hue = (hue + shifts[0] / 360) % 1
         saturation, value = (float(np.clip(x, 0, 1)) for x in (saturation + shifts[1] / 255, value + shifts[2] / 255))
         expected[place] = [round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value)]
-    out = transforms.shift_hsv(image, np.array(shifts, np.float32)).numpy()
+    out = map_transforms.shift_hsv(image, np.array(shifts, np.float32)).numpy()
     assert out.dtype == np.uint8
     assert np.abs(out.astype(int) - expected).max() <= 1
     assert np.mean(out != expected) < 0.02
@@ -112,7 +112,7 @@ def test_color_changes_come_with_p_one_half_and_in_range(tf):
     count = 2000
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     grey = {"image": np.stack([ramp] * 3, -1), "depth": np.zeros((16, 16), np.float32)}
-    out = many(tf, transforms.random_color, grey, count)["image"]
+    out = many(tf, map_transforms.random_color, grey, count)["image"]
     assert near(np.mean(np.all(out == grey["image"], (1, 2, 3))), 1 / 8, count)  # none of the three
     coloured = np.any(out[..., 0] != out[..., 1], (1, 2))  # only a rise in saturation tints grey
     assert near(coloured.mean(), 1 / 4, count)
@@ -126,13 +126,13 @@ def test_color_parts_span_their_ranges(tf):
     count = 2000
     bright = {"image": np.full((1, 2, 3), [[[120, 120, 120]]], np.uint8), "depth": np.zeros((1, 2), np.float32)}
     bright["image"][0, 1] = [200, 40, 40]
-    out = many(tf, transforms.random_color, bright, count)["image"].astype(float)
+    out = many(tf, map_transforms.random_color, bright, count)["image"].astype(float)
     red = out[:, 0, 1] / 255
     hues = np.array([colorsys.rgb_to_hsv(*rgb)[0] for rgb in red])
     degrees = (hues * 360 + 180) % 360 - 180
     turned = np.abs(degrees) > 0.75
-    assert near(np.mean(turned), 0.5 * (1 - 0.75 / transforms.HUE_DEGREES), count)
-    assert transforms.HUE_DEGREES * 0.95 < np.abs(degrees).max() < transforms.HUE_DEGREES * 1.05
+    assert near(np.mean(turned), 0.5 * (1 - 0.75 / map_transforms.HUE_DEGREES), count)
+    assert map_transforms.HUE_DEGREES * 0.95 < np.abs(degrees).max() < map_transforms.HUE_DEGREES * 1.05
     assert np.mean(degrees[turned]) == pytest.approx(0, abs=2)
 
 
@@ -140,7 +140,7 @@ def test_cut_depth_band_and_values(tf):
     example = noise(4, 40)
     for alpha, beta in [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.99, 0.1), (0.33, 0.9)]:
         start, share = int(np.float32(alpha) * np.float32(40)), int(max((40 - alpha * 40) * beta * 0.75, 1))
-        out = transforms.cut_depth(example["image"], example["depth"], alpha, beta).numpy()
+        out = map_transforms.cut_depth(example["image"], example["depth"], alpha, beta).numpy()
         millimetres = np.rint(example["depth"] * 1000).astype(int)[..., None] % 256
         band = np.zeros(40, bool)
         band[start : start + share] = True
@@ -152,16 +152,16 @@ def test_cut_depth_values_of_both_modes(tf):
     depth = np.array([[0, 0.255, 0.256, 1.0, 2.047, 9.999, 10.0, 65.535]], np.float32)
     image = np.zeros((1, 8, 3), np.uint8)
     whole = {"alpha": 0.0, "beta": 4 / 3}  # a band over the whole width
-    wrapped = transforms.cut_depth(image, depth, mode="published", **whole).numpy()
+    wrapped = map_transforms.cut_depth(image, depth, mode="published", **whole).numpy()
     np.testing.assert_array_equal(wrapped[0, :, 2], [0, 255, 0, 1000 % 256, 255, 9999 % 256, 10000 % 256, 255])
-    metric = transforms.cut_depth(image, depth, mode="metric", **whole).numpy()
+    metric = map_transforms.cut_depth(image, depth, mode="metric", **whole).numpy()
     np.testing.assert_array_equal(metric[0, :, 2], [0, 6, 6, 25, 52, 254, 255, 255])
 
 
 def test_cut_depth_comes_with_p_one_quarter(tf):
     count, width = 3000, 64
     example = {"image": np.zeros((1, width, 3), np.uint8), "depth": np.full((1, width), 0.255, np.float32)}
-    out = many(tf, transforms.random_cut_depth, example, count)["image"]
+    out = many(tf, map_transforms.random_cut_depth, example, count)["image"]
     shares = (out[:, 0, :, 0] == 255).sum(-1)
     assert near(np.mean(shares > 0), 0.25, count)
     # w is about (1-a) * b * 0.75 of the width: mean 0.75/4, at most 0.75
@@ -170,7 +170,7 @@ def test_cut_depth_comes_with_p_one_quarter(tf):
 
 
 def test_tokenizer_recipe_keeps_to_its_columns(tf):
-    recipe = transforms.tokenizer_train(4, columns=(2, 7))
+    recipe = map_transforms.tokenizer_train(4, columns=(2, 7))
     out = many(tf, recipe, {"depth": tagged()["depth"]}, 500)
     assert set(out) == {"depth"}
     assert out["depth"].shape == (500, 4, 4)
@@ -181,12 +181,12 @@ def test_tokenizer_recipe_keeps_to_its_columns(tf):
 
 
 def test_tokenizer_recipe_takes_all_columns(tf):
-    out = many(tf, transforms.tokenizer_train(6, columns=()), {"depth": tagged()["depth"]}, 200)
+    out = many(tf, map_transforms.tokenizer_train(6, columns=()), {"depth": tagged()["depth"]}, 200)
     assert np.rint(out["depth"] * 100 % 100).max() == 8
 
 
 def test_solver_recipe_without_colour_moves_pixels_only(tf):
-    out = many(tf, transforms.solver_train(5, color=False, cutdepth="off"), tagged(), 300)
+    out = many(tf, map_transforms.solver_train(5, color=False, cutdepth="off"), tagged(), 300)
     image = out["image"] * 255
     assert out["image"].dtype == np.float32
     np.testing.assert_allclose(out["depth"], image[..., 0] + image[..., 1] / 100, atol=1e-5)
@@ -198,7 +198,7 @@ def test_solver_recipe_puts_the_band_where_the_depth_is(tf):
     row, column = np.mgrid[:8, :64]
     example = {"image": np.full((8, 64, 3), 255, np.uint8), "depth": ((row + 3 * column) / 1000).astype(np.float32)}
     count = 2000
-    out = many(tf, transforms.solver_train(8, color=False), example, count)
+    out = many(tf, map_transforms.solver_train(8, color=False), example, count)
     image, millimetres = np.rint(out["image"] * 255), np.rint(out["depth"] * 1000)[..., None]
     assert np.all((image == 255) | (image == millimetres))
     rng = np.random.default_rng(0)
@@ -209,8 +209,8 @@ def test_solver_recipe_puts_the_band_where_the_depth_is(tf):
 
 
 def test_colour_leaves_depth_alone_and_stays_in_range(tf):
-    with_colour = many(tf, transforms.solver_train(5), noise(), 200)
-    without = many(tf, transforms.solver_train(5, color=False), noise(), 200)
+    with_colour = many(tf, map_transforms.solver_train(5), noise(), 200)
+    without = many(tf, map_transforms.solver_train(5, color=False), noise(), 200)
     np.testing.assert_array_equal(with_colour["depth"], without["depth"])
     assert with_colour["image"].min() >= 0
     assert with_colour["image"].max() <= 1
@@ -219,12 +219,12 @@ def test_colour_leaves_depth_alone_and_stays_in_range(tf):
 
 def test_evaluation_only_scales(tf):
     example = noise()
-    out = transforms.evaluation()(example)
+    out = map_transforms.evaluation()(example)
     np.testing.assert_allclose(out["image"], example["image"] / 255, rtol=1e-6)
     np.testing.assert_array_equal(out["depth"], example["depth"])
 
 
-@pytest.mark.parametrize("recipe", [transforms.solver_train(5), transforms.tokenizer_train(4, (1, 8))])
+@pytest.mark.parametrize("recipe", [map_transforms.solver_train(5), map_transforms.tokenizer_train(4, (1, 8))])
 def test_eager_and_tf_data_agree(tf, recipe):
     example = noise()
     inside = many(tf, recipe, example, 20)
@@ -235,7 +235,7 @@ def test_eager_and_tf_data_agree(tf, recipe):
 
 
 def test_seeds_matter(tf):
-    example, recipe = noise(), transforms.solver_train(5)
+    example, recipe = noise(), map_transforms.solver_train(5)
     out = [recipe(example, tf.constant(seed))["image"].numpy().tobytes() for seed in ([0, 0], [0, 1], [1, 0], [0, 0])]
     assert out[0] == out[3]
     assert len(set(out)) == 3
@@ -243,16 +243,16 @@ def test_seeds_matter(tf):
 
 def test_errors():
     with pytest.raises(ValueError, match="cutdepth='on' must be one of"):
-        transforms.solver_train(5, cutdepth="on")
+        map_transforms.solver_train(5, cutdepth="on")
     with pytest.raises(ValueError, match="crop size 0 must be at least 1"):
-        transforms.solver_train(0)
+        map_transforms.solver_train(0)
     with pytest.raises(ValueError, match=r"columns=\(7, 2\) must be \(\) or \(start, stop\)"):
-        transforms.tokenizer_train(4, columns=(7, 2))
+        map_transforms.tokenizer_train(4, columns=(7, 2))
     with pytest.raises(ValueError, match=r"a\.jpg: crop size 480 must be at most the 480x400 pixels"):
-        transforms.solver_train(480).check(480, 400, "a.jpg")
+        map_transforms.solver_train(480).check(480, 400, "a.jpg")
     with pytest.raises(ValueError, match=r"a\.jpg: columns=\(41, 601\) must lie inside the image, which is 600 wide"):
-        transforms.tokenizer_train(480).check(480, 600, "a.jpg")
+        map_transforms.tokenizer_train(480).check(480, 600, "a.jpg")
     with pytest.raises(ValueError, match=r"crop size 561 must be at most the 600x560 pixels"):
-        transforms.tokenizer_train(561).check(600, 640, "a.jpg")
-    transforms.tokenizer_train(480).check(480, 640, "a.jpg")
-    transforms.solver_train(480).check(480, 640, "a.jpg")
+        map_transforms.tokenizer_train(561).check(600, 640, "a.jpg")
+    map_transforms.tokenizer_train(480).check(480, 640, "a.jpg")
+    map_transforms.solver_train(480).check(480, 640, "a.jpg")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from aitok_jax.vocab import Vocabulary, Window
+from aitok_jax.tasks.vocabulary import Vocabulary, Window
 
 
 def owners(vocabulary: Vocabulary) -> list[int]:

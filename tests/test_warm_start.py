@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax import warm_start
+from aitok_jax.training import warm_start
 
 
 def _variables():

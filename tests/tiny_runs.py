@@ -4,7 +4,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from aitok_jax import checkpoint, tasks
+from aitok_jax import tasks
+from aitok_jax.training import checkpoint
 
 CATEGORIES = [{"id": 7, "name": "cup"}, {"id": 2, "name": "dog"}, {"id": 90, "name": "sofa"}]
 BACKBONE = {

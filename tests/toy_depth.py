@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from aitok_jax import checkpoint, tasks
+from aitok_jax import tasks
+from aitok_jax.training import checkpoint
 
 SHAPES = []
 

@@ -23,7 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from aitok_jax import checkpoint, main, preemption, run_dir, tasks, train
+from aitok_jax import main, tasks
+from aitok_jax.training import checkpoint, loop, preemption, run_dir
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["aitok_jax.main", "pytest"])
@@ -119,16 +120,16 @@ def _run(values, workdir, *, devices, cache, output, slow, file_limit, stages, h
 
         return wrapped
 
-    train.sharding.MIN_SHARDED_BYTES = 64
+    loop.sharding.MIN_SHARDED_BYTES = 64
     if host is not None:
         number, address = host
         jax.distributed.initialize(address, num_processes=2, process_id=number)
     tasks.build = lambda _: LineTask()
-    train.pipeline.build = lambda _: SimpleNamespace(train=None, train_transform=None, fingerprint=dict)
-    train.pipeline.train_batches = _train_batches
-    train.evaluators.evaluate = sleepy(_evaluate, "evaluation")
+    loop.pipeline.build = lambda _: SimpleNamespace(train=None, train_transform=None, fingerprint=dict)
+    loop.pipeline.train_batches = _train_batches
+    loop.evaluators.evaluate = sleepy(_evaluate, "evaluation")
     checkpoint.save = sleepy(checkpoint.save, "save")
-    train._compile = sleepy(train._compile, "compilation")
+    loop._compile = sleepy(loop._compile, "compilation")
     silent = SimpleNamespace(write_scalars=lambda *_: None, flush=lambda: None, close=lambda: None)
     run_dir._event_writer = lambda _: silent
     run_dir.commit = lambda: None

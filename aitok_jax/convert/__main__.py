@@ -21,8 +21,9 @@ import absl.logging
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from aitok_jax import checkpoint, config_utils
+from aitok_jax import config as configuration
 from aitok_jax.convert import files, published
+from aitok_jax.training import checkpoint
 
 
 def to_directory(file: str | Path, directory: str | Path, config: ConfigDict) -> published.Report:
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    args = config_utils.parse_flags(argv)
+    args = configuration.parse_flags(argv)
     if len(args) != 3:
         sys.exit("error: give FILE DIR --config=configs/X.py, or DIR FILE")
     if checkpoint.locate(args[1]).is_dir() == (flags.FLAGS["config"].value is not None):

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aitok_jax import tasks
-from aitok_jax.config_utils import build_dataclass
+from aitok_jax.config import build_dataclass
 from aitok_jax.convert import rules
 from aitok_jax.models.swin_v2 import SwinV2, relative_coordinates, relative_index
 from aitok_jax.models.transformer import sine_positions

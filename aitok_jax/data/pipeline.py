@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from aitok_jax.data import coco, mixture, nyu, objects, prepared, transforms
+from aitok_jax.data import map_transforms, object_transforms
+from aitok_jax.data.sources import coco, mixture, nyu, prepared
 
 Batch = dict[str, np.ndarray]
-Transform = transforms.Transform | objects.HostTransform
+Transform = map_transforms.Transform | object_transforms.HostTransform
 
 RECIPES = ("tokenizer", "solver")
 _PREFETCH = 2  # batches
@@ -138,7 +139,7 @@ def build(config: Any) -> Data:
     'nyu': train_list, test_list ('' = look through the folder), train_subfolder, test_subfolder, size (crop side),
     recipe ('tokenizer' | 'solver'), columns, color, cutdepth.
     'coco': train_images, test_images (folders), train_annotations, test_annotations (JSONs; all relative to root),
-    size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high), order (objects.ORDERS).
+    size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high), order (object_transforms.ORDERS).
     'coco_masks': folders and JSONs as 'coco', mask_size.
 
     Where root (or root/NAME/VERSION) is prepared data, of `aitok_jax.data.prepare` or TFDS's `nyu_depth_v2`, that is
@@ -165,9 +166,9 @@ def _nyu(config: Any) -> Data:
     if config.recipe not in RECIPES:
         raise ValueError(f"data.recipe={config.recipe!r} must be one of {RECIPES}")
     if config.recipe == "tokenizer":
-        train_transform = transforms.tokenizer_train(config.size, tuple(config.columns))
+        train_transform = map_transforms.tokenizer_train(config.size, tuple(config.columns))
     else:
-        train_transform = transforms.solver_train(config.size, config.color, config.cutdepth)
+        train_transform = map_transforms.solver_train(config.size, config.color, config.cutdepth)
     if folder := _prepared(config, "nyu"):
         train, test = prepared.nyu_sources(
             folder,
@@ -176,7 +177,7 @@ def _nyu(config: Any) -> Data:
             on_error=config.on_error,
             cache=config.cache,
         )
-        return Data(train, test, train_transform, transforms.evaluation())
+        return Data(train, test, train_transform, map_transforms.evaluation())
     _render(config)
     source = functools.partial(nyu.NyuSource, config.root, on_error=config.on_error, cache=config.cache)
     train = source(
@@ -186,16 +187,16 @@ def _nyu(config: Any) -> Data:
         expected_count=config.expected_train,
     )
     test = source(config.test_list, subfolder=config.test_subfolder, expected_count=config.expected_test)
-    return Data(train, test, train_transform, transforms.evaluation())
+    return Data(train, test, train_transform, map_transforms.evaluation())
 
 
 def _coco(config: Any) -> Data:
-    train_transform = objects.training(
+    train_transform = object_transforms.training(
         config.size, config.num_objects, config.mask_size, tuple(config.jitter), config.order
     )
     counts = config.expected_train, config.expected_test
     train, test = _coco_sources(config, *counts, masks=config.mask_size > 0, cache=config.cache)
-    return Data(train, test, train_transform, objects.evaluation(config.size))
+    return Data(train, test, train_transform, object_transforms.evaluation(config.size))
 
 
 def _coco_masks(config: Any) -> Data:
@@ -204,7 +205,7 @@ def _coco_masks(config: Any) -> Data:
         coco.MaskSource(source, size=config.mask_size, cache=config.cache, expected_count=count)
         for source, count in zip(sources, (config.expected_train, config.expected_test), strict=True)
     )
-    transform = functools.partial(objects.instance, config.mask_size)
+    transform = functools.partial(object_transforms.instance, config.mask_size)
     return Data(train, test, transform(train=True), transform(train=False))
 
 
@@ -257,7 +258,7 @@ def _batches(counts, place, source, transform, seed, local, *, replace_broken) -
     """Turns a dataset of counts into batches; `place(count)` gives (position, index into the source, real)."""
     tf = _tensorflow()
     failures = []
-    reading = _host_reading if isinstance(transform, objects.HostTransform) else _tensorflow_reading
+    reading = _host_reading if isinstance(transform, object_transforms.HostTransform) else _tensorflow_reading
     example_at = reading(source, transform, seed, failures)
 
     def load(count):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from aitok_jax.data import coco, nyu
+from aitok_jax.data.sources import coco, nyu
 
 COCO_COUNTS = 118287, 5000  # images of train2017 and val2017
 _UNFINISHED = "unfinished"
@@ -104,10 +104,10 @@ def _write_pairs(args: argparse.Namespace, train: nyu.NyuSource, test: nyu.NyuSo
 
 
 def _build_pairs(args: argparse.Namespace, lines: dict[str, list], broken: list[str]) -> None:
-    from aitok_jax.data.builders import build
-    from aitok_jax.data.builders.nyu import NyuPairs
+    from aitok_jax.data.preparation import write
+    from aitok_jax.data.preparation.pairs import NyuPairs
 
-    build.build(_settings(args), NyuPairs, {split: _numbered(lines[split]) for split in lines}, broken)
+    write.build(_settings(args), NyuPairs, {split: _numbered(lines[split]) for split in lines}, broken)
 
 
 def _write_objects(
@@ -117,8 +117,8 @@ def _write_objects(
     tested: Callable[[str], bool] | None = None,
 ) -> None:
     """With `tested`, both sources are one, whose images it divides."""
-    from aitok_jax.data.builders import build
-    from aitok_jax.data.builders.coco import CocoInstances
+    from aitok_jax.data.preparation import write
+    from aitok_jax.data.preparation.instances import CocoInstances
 
     if (train.category_ids, train.categories) != (test.category_ids, test.categories):
         raise nyu.DataError(f"{train.path} and {test.path} list other categories; give both the same list")
@@ -135,7 +135,7 @@ def _write_objects(
         for split, source in (("train", train), ("test", test))
     }
     builder = functools.partial(CocoInstances, categories=train.categories)
-    build.build(_settings(args), builder, {split: _numbered(lines[split]) for split in lines}, broken, contents)
+    write.build(_settings(args), builder, {split: _numbered(lines[split]) for split in lines}, broken, contents)
 
 
 def _object_lines(source: coco.CocoSource) -> list[dict[str, Any]]:
@@ -162,7 +162,7 @@ def _numbered(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from aitok_jax.data.builders.build import Settings
+    from aitok_jax.data.preparation.write import Settings
 
     out, options = Path(args.out).absolute(), args.beam_pipeline_options
     return Settings(out, out / _UNFINISHED, args.max_broken, args.manifest, args.beam or bool(options), options)

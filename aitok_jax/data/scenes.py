@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from aitok_jax.data.furniture import CLASSES
-from aitok_jax.data.raycast import Frame, trace
-from aitok_jax.data.rooms import MAX_ASPECT, sample_room
+from aitok_jax.scenes.furniture import CLASSES
+from aitok_jax.scenes.raycast import Frame, trace
+from aitok_jax.scenes.rooms import MAX_ASPECT, sample_room
 
 FORMATS = ("nyu", "coco", "both")
 VERSION = 1  # of the look of the scenes: raise it when the same seed gives other pixels

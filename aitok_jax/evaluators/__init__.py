@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from aitok_jax.evaluators import coco, depth, reconstruction
+from aitok_jax.evaluators import maps, objects, reconstruction
 
-EVALUATORS = {"depth": depth.evaluate, "objects": coco.evaluate, "masks": reconstruction.evaluate}
+EVALUATORS = {"depth": maps.evaluate, "objects": objects.evaluate, "masks": reconstruction.evaluate}
 
 
 def evaluate(task: Any, *args: Any, baseline: bool = False, **options: Any) -> dict[str, float]:

@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from pycocotools import mask as coco_mask
 
-from aitok_jax import paste, visualize
+from aitok_jax import visualize
 from aitok_jax.evaluators.average_precision import CocoScorer
-from aitok_jax.evaluators.base import run_evaluation, to_host
+from aitok_jax.evaluators.batches import run_evaluation, to_host
+from aitok_jax.tasks import paste
 from aitok_jax.tasks.base import compiled_predict
 
 CANVAS_GREY = 128

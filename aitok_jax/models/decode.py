@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from aitok_jax.models.transformer import Cache, KeyValue, TokenTransformer
-from aitok_jax.vocab import Window
+from aitok_jax.tasks.vocabulary import Window
 
 
 @flax.struct.dataclass

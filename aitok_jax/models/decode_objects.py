@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from aitok_jax.models.decode import choose, stepping
 from aitok_jax.models.transformer import KeyValue, TokenTransformer
-from aitok_jax.sequences import CLASS_SLOT
-from aitok_jax.vocab import Vocabulary
+from aitok_jax.tasks.sequences import CLASS_SLOT
+from aitok_jax.tasks.vocabulary import Vocabulary
 
 
 @flax.struct.dataclass

@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from aitok_jax import losses
+from aitok_jax.models import losses
 
 
 @flax.struct.dataclass

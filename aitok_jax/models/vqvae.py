@@ -10,8 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from aitok_jax import losses
-from aitok_jax.models import conv
+from aitok_jax.models import conv, losses
 from aitok_jax.models.quantizer import Quantized, Quantizer, nearest_codes
 
 CLASSIFICATION = "cross_entropy"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from aitok_jax.config_utils import unknown
+from aitok_jax.config import unknown
 from aitok_jax.tasks import depth, instances, joint, tokenizer
 from aitok_jax.tasks.base import Task
 

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aitok_jax import geometry, losses
-from aitok_jax.config_utils import build_dataclass
+from aitok_jax.config import build_dataclass
+from aitok_jax.models import losses
 from aitok_jax.models.bins import BinsTokenizer
 from aitok_jax.models.decode import Decoded, decode
 from aitok_jax.models.swin_v2 import partition
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.vqvae import VQVAE
-from aitok_jax.tasks import solving
+from aitok_jax.tasks import solving, windows
 from aitok_jax.tasks.base import Batch, Tree
-from aitok_jax.vocab import Vocabulary
+from aitok_jax.tasks.vocabulary import Vocabulary
 
 TASK_ID = 2  # row of the solver's task and position tables: detection, instance segmentation, depth
 MIN_DEPTH = 1e-3  # metres; predictions are clipped here
@@ -182,7 +182,7 @@ class DepthTask:
         def square(images_BHWC):
             return self.detokenize(model_state, self.decode(params, self.memory(params, images_BHWC)))
 
-        return geometry.predict_windows(square, batch["image"], flip=self.flip, min_value=MIN_DEPTH)
+        return windows.predict_windows(square, batch["image"], flip=self.flip, min_value=MIN_DEPTH)
 
     def memory(self, params: Tree, images_BHWC: jax.Array) -> list:
         """Keys and values of square images [B,S,S,3] in 0..1 for every decoder layer."""

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aitok_jax import losses, sequences
-from aitok_jax.config_utils import build_dataclass
+from aitok_jax.config import build_dataclass
+from aitok_jax.models import losses
 from aitok_jax.models.decode_objects import DecodedObjects, check_decoding, decode_objects
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.vqvae import VQVAE
-from aitok_jax.tasks import solving
+from aitok_jax.tasks import sequences, solving
 from aitok_jax.tasks.base import Batch, Tree
 from aitok_jax.tasks.tokenizer import check_masks
-from aitok_jax.vocab import Vocabulary
+from aitok_jax.tasks.vocabulary import Vocabulary
 
 DETECTION_ID, INSTANCES_ID = 0, 1  # rows of the solver's task and position tables
 

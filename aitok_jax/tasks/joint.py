@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import jax
 
-from aitok_jax.config_utils import unknown
+from aitok_jax.config import unknown
 from aitok_jax.tasks import depth, instances, solving
 from aitok_jax.tasks.base import Batch, Tree
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aitok_jax.config_utils import build_dataclass
+from aitok_jax.config import build_dataclass
 from aitok_jax.models.swin_v2 import INIT_STD, SwinV2
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.transformer import TokenTransformer
 from aitok_jax.tasks.base import Batch, Tree
-from aitok_jax.vocab import Vocabulary
+from aitok_jax.tasks.vocabulary import Vocabulary
 
 IMAGENET_MEAN = np.array((123.675, 116.28, 103.53), np.float32) / 255
 IMAGENET_STD = np.array((58.395, 57.12, 57.375), np.float32) / 255

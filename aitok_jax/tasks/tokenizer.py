@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from aitok_jax.config_utils import build_dataclass
+from aitok_jax.config import build_dataclass
 from aitok_jax.models.vqvae import CLASSIFICATION, VQVAE, mask_patches
 from aitok_jax.tasks.base import Batch, Tree
 

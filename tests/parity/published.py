@@ -7,7 +7,7 @@ from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.transformer import TokenTransformer
 from aitok_jax.models.vqvae import VQVAE
 from aitok_jax.tasks.depth import DepthTask
-from aitok_jax.vocab import Vocabulary
+from aitok_jax.tasks.vocabulary import Vocabulary
 
 
 def tokenizer(cfg: dict) -> VQVAE:

@@ -11,8 +11,9 @@ import published
 import pytest
 from ml_collections import ConfigDict
 
-from aitok_jax import geometry, optim
 from aitok_jax.convert import rules
+from aitok_jax.tasks.windows import shifted_windows
+from aitok_jax.training import optim
 
 pytestmark = cases.find("e2e_depth*")
 
@@ -99,11 +100,11 @@ def test_training_steps(case, tree, task):
 
 def test_inference(case, tree, task):
     image = cases.nhwc(case["in/test_img"])
-    windows = geometry.shifted_windows(jnp.asarray(image), case.hp["shift_window"]["shift_size"])
-    windows = jnp.concatenate([windows, windows[:, :, ::-1]])
-    features = jax.jit(partial(task.solver.apply, method="features"))({"params": tree["params"]}, windows[:1])
+    squares = shifted_windows(jnp.asarray(image), case.hp["shift_window"]["shift_size"])
+    squares = jnp.concatenate([squares, squares[:, :, ::-1]])
+    features = jax.jit(partial(task.solver.apply, method="features"))({"params": tree["params"]}, squares[:1])
     cases.check(features, cases.nhwc(case["out/test_feat"]))
-    decoded = jax.jit(lambda params, images: task.decode(params, task.memory(params, images)))(tree["params"], windows)
+    decoded = jax.jit(lambda params, images: task.decode(params, task.memory(params, images)))(tree["params"], squares)
     cases.check(decoded.logits, case["out/test_steplogits"])
     depth = jax.jit(task.predict)(tree["params"], tree["model_state"], {"image": image})["depth"]
     cases.check(depth, case["out/test_depth"])

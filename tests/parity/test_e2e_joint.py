@@ -7,9 +7,8 @@ import numpy as np
 import published
 import pytest
 
-from aitok_jax import paste
 from aitok_jax.convert import rules
-from aitok_jax.tasks import solving
+from aitok_jax.tasks import paste, solving
 from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.tasks.instances import InstancesTask
 from aitok_jax.tasks.joint import JointTask

@@ -4,7 +4,7 @@ import cases
 import numpy as np
 import pytest
 
-from aitok_jax.data import objects
+from aitok_jax.data import object_transforms
 
 pytestmark = cases.find("heads*")
 
@@ -25,7 +25,7 @@ def arguments(case):
 def test_raw_crops(case):
     assert sizes(case)
     for size in sizes(case):
-        crops = objects.roi_align(*arguments(case), size)
+        crops = object_transforms.roi_align(*arguments(case), size)
         assert crops.dtype == np.float32
         cases.check(crops, case[f"out/crop_raw_{size}"])
         np.testing.assert_allclose(crops, case[f"out/crop_raw_{size}"], rtol=0, atol=1e-4)
@@ -33,7 +33,7 @@ def test_raw_crops(case):
 
 def test_binary_crops(case):
     for size in sizes(case):
-        crops = objects.crop_masks(*arguments(case), size)
+        crops = object_transforms.crop_masks(*arguments(case), size)
         decided = np.abs(case[f"out/crop_raw_{size}"] - 0.5) >= 1e-5
         np.testing.assert_array_equal(crops[decided], case[f"out/crop_bin_{size}"][decided])
         assert decided.mean() > 0.9

@@ -7,8 +7,8 @@ import published
 import pytest
 from pycocotools import mask as coco_mask
 
-from aitok_jax import paste
 from aitok_jax.convert import rules
+from aitok_jax.tasks import paste
 
 pytestmark = cases.find("heads*")
 

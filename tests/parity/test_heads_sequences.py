@@ -5,8 +5,8 @@ import numpy as np
 import published
 import pytest
 
-from aitok_jax import sequences
 from aitok_jax.convert import rules
+from aitok_jax.tasks import sequences
 
 pytestmark = cases.find("heads*")
 

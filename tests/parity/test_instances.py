@@ -6,8 +6,8 @@ import numpy as np
 import published
 import pytest
 
-from aitok_jax import losses
 from aitok_jax.convert import rules
+from aitok_jax.models import losses
 from aitok_jax.models.swin_v2 import SwinV2
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.transformer import TokenTransformer

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax import losses
-from aitok_jax.geometry import predict_windows
-from aitok_jax.metrics import DEPTH_METRICS, EIGEN_CROP, depth_metrics, mend_prediction, valid_pixels
+from aitok_jax.evaluators.metrics import DEPTH_METRICS, EIGEN_CROP, depth_metrics, mend_prediction, valid_pixels
+from aitok_jax.models import losses
+from aitok_jax.tasks.windows import predict_windows
 
 pytestmark = cases.find("metrics*")
 GRADIENT = 1e-3

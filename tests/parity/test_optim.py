@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from aitok_jax import optim
 from aitok_jax.convert import rules
+from aitok_jax.training import optim
 
 TOLERANCE = 1e-6
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from aitok_jax.data import coco, nyu
-from aitok_jax.data.builders.base import Example, Line, PreparedBuilder
+from aitok_jax.data.preparation.builder import Example, Line, PreparedBuilder
+from aitok_jax.data.sources import coco, nyu
 
 
 class CocoInstances(PreparedBuilder, skip_registration=True):

@@ -3,8 +3,8 @@
 import numpy as np
 import tensorflow_datasets as tfds
 
-from aitok_jax.data import nyu
-from aitok_jax.data.builders.base import Example, Line, PreparedBuilder
+from aitok_jax.data.preparation.builder import Example, Line, PreparedBuilder
+from aitok_jax.data.sources import nyu
 
 
 class NyuPairs(PreparedBuilder, skip_registration=True):

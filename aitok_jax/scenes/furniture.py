@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aitok_jax.data.raycast import BOX, CYLINDER, SPHERE, Material
+from aitok_jax.scenes.raycast import BOX, CYLINDER, SPHERE, Material
 
 
 class Part(NamedTuple):

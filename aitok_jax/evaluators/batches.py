@@ -11,8 +11,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from aitok_jax import sharding
 from aitok_jax.data import pipeline
+from aitok_jax.parallel import sharding
 
 
 def run_batches(

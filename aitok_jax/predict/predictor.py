@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ import jax
 import numpy as np
 from PIL import Image, ImageOps
 
-from aitok_jax import checkpoint, paste, tasks
-from aitok_jax.resize import NUM_VIEWS, average_views, fit_square, model_size, resize, view
+from aitok_jax import tasks
+from aitok_jax.predict.views import NUM_VIEWS, average_views, fit_square, model_size, resize, view
+from aitok_jax.tasks import paste
 from aitok_jax.tasks.base import compiled_predict
+from aitok_jax.training import checkpoint
 
 TASKS = ("depth", "instances", "detection")
 BATCH_SIZE = 4
@@ -309,8 +310,3 @@ def _check_image(image: np.ndarray) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"image must be RGB [H, W, 3], got shape {image.shape}; pass several images as a list")
 
-
-if __name__ == "__main__":
-    from aitok_jax.predict_cli import main
-
-    sys.exit(main())

@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from aitok_jax import config_utils
-from aitok_jax.train_state import TrainState
+from aitok_jax.config import flatten, to_json
+from aitok_jax.training.state import TrainState
 
 LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -135,7 +135,7 @@ def save_inference(directory: str | Path, variables: Mapping[str, Any], config: 
 
 
 def _inference_items(variables: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
-    plain = json.loads(config_utils.to_json(config))
+    plain = json.loads(to_json(config))
     return {"inference": ocp.args.PyTreeSave(variables), "config": ocp.args.JsonSave(plain)}
 
 
@@ -229,7 +229,7 @@ def _put_aside(manager: ocp.CheckpointManager, errors: Mapping[Path, Exception],
 
 
 def _check_same_run(saved: Mapping, config: ConfigDict, where: Path) -> None:
-    old, new = config_utils.flatten(saved), config_utils.flatten(json.loads(config_utils.to_json(config)))
+    old, new = flatten(saved), flatten(json.loads(to_json(config)))
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
     lines = {key: f"config.{key}: {a!r} there, {b!r} now" for key, (a, b) in changed.items()}
     fixed = [line for key, line in lines.items() if _is_fixed(key)]
@@ -262,7 +262,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def locate(path: str | Path) -> Path:
     """`path`, or where the weights that come with the package are for 'builtin' (a folder of yours is './builtin')."""
-    return Path(__file__).parent / BUILTIN if str(path) == BUILTIN else Path(path)
+    return Path(__file__).parents[1] / BUILTIN if str(path) == BUILTIN else Path(path)
 
 
 def load_inference(path: str | Path, step: int | None = None) -> tuple[ConfigDict, dict[str, Any]]:

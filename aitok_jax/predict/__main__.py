@@ -27,8 +27,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from aitok_jax import paste, pointcloud, visualize
-from aitok_jax.predict import BATCH_SIZE, TASKS, Predictor, model_size, read_image
+from aitok_jax import visualize
+from aitok_jax.predict import pointcloud
+from aitok_jax.predict.predictor import BATCH_SIZE, TASKS, Predictor, model_size, read_image
+from aitok_jax.tasks import paste
 
 PANEL_SIDE = 1600  # pixels; larger images are shown smaller
 
@@ -213,3 +215,7 @@ def _for_panel(image: np.ndarray) -> tuple[np.ndarray, int]:
     """The image as a panel shows it, and of how many pixels it shows one."""
     step = -(-max(image.shape[:2]) // PANEL_SIDE)
     return np.asarray(Image.fromarray(image).reduce(step)), step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,8 +11,11 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from aitok_jax import checkpoint, config_utils, optim, run_dir, sharding, tasks
+from aitok_jax import tasks
+from aitok_jax.config import unknown
 from aitok_jax.data import pipeline
+from aitok_jax.parallel import sharding
+from aitok_jax.training import checkpoint, optim, run_dir
 
 _REQUIRED = ("name", "seed", "task", "data", "batch_size", "eval_batch_size", "train_steps", "log_every", "eval_every")
 _REQUIRED += ("checkpoint_every", "keep_checkpoints", "optim")
@@ -138,5 +141,5 @@ def _variants(task: tasks.Task, changes: Mapping) -> dict[str, tasks.Task]:
     for prefix, values in changes.items():
         for key in values:
             if key not in fields:
-                raise ValueError(f"eval_variants.{prefix}: {config_utils.unknown(key, fields)}")
+                raise ValueError(f"eval_variants.{prefix}: {unknown(key, fields)}")
     return {prefix: dataclasses.replace(task, **dict(values.items())) for prefix, values in changes.items()}

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from aitok_jax.data.nyu import DataError
+from aitok_jax.data.sources.nyu import DataError
 
 
 class Mixture:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from aitok_jax.data.transforms import PAD
+from aitok_jax.data.map_transforms import PAD
 
 Example = dict[str, np.ndarray]
 

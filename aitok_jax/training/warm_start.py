@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from aitok_jax import checkpoint
+from aitok_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)
 VOCABULARY_TABLES = ("voc_embed", "outp_bias")

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from aitok_jax.config_utils import flatten
+from aitok_jax.config import flatten
 
 _PACKAGES = ("aitok_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu", "tensorflow")
 _MAX_IMAGES = 16  # panels shown in TensorBoard

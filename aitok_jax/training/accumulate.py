@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aitok_jax import sharding
+from aitok_jax.parallel import sharding
 
 Gradient = Callable[..., tuple[tuple[jax.Array, tuple[dict[str, jax.Array], Any]], Any]]
 

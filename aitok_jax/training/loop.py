@@ -21,10 +21,12 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from aitok_jax import accumulate, checkpoint, evaluators, optim, overview, preemption, run_dir, sharding, warm_start
+from aitok_jax import evaluators
 from aitok_jax.data import pipeline
-from aitok_jax.prepare import Run, prepare
-from aitok_jax.train_state import TrainState
+from aitok_jax.parallel import overview, sharding
+from aitok_jax.training import accumulate, checkpoint, optim, preemption, run_dir, warm_start
+from aitok_jax.training.setup import Run, prepare
+from aitok_jax.training.state import TrainState
 
 LOG = logging.getLogger(__name__)
 Batch = dict[str, jax.Array]

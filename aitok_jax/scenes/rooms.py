@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aitok_jax.data.furniture import CLASSES, MAKERS, Dice, Part, metal, toy, wood
-from aitok_jax.data.raycast import BOX, CYLINDER, FOCAL, SPHERE, Material, Solids, World
+from aitok_jax.scenes.furniture import CLASSES, MAKERS, Dice, Part, metal, toy, wood
+from aitok_jax.scenes.raycast import BOX, CYLINDER, FOCAL, SPHERE, Material, Solids, World
 
 MAX_ASPECT = 2.0  # width over height up to which depths are sure to stay within MIN_DEPTH and MAX_DEPTH
 MIN_DEPTH, MAX_DEPTH = 0.5, 10.0

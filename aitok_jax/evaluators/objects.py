@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from aitok_jax import paste, visualize
+from aitok_jax import visualize
 from aitok_jax.evaluators.average_precision import KINDS, CocoScorer
-from aitok_jax.evaluators.base import run_evaluation, to_host
+from aitok_jax.evaluators.batches import run_evaluation, to_host
+from aitok_jax.tasks import paste
 from aitok_jax.tasks.base import compiled_predict
 
 PANEL_SCORE = 0.3

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from aitok_jax.data import coco, nyu
-from aitok_jax.data.nyu import DataError, File
-from aitok_jax.data.records import Records, read_info
+from aitok_jax.data.sources import coco, nyu
+from aitok_jax.data.sources.nyu import DataError, File
+from aitok_jax.data.sources.records import Records, read_info
 
 NYU, COCO, TFDS_NYU = "nyu_pairs", "coco_instances", "nyu_depth_v2"
 _NAMES = {"nyu": (NYU, TFDS_NYU), "coco": (COCO,)}

@@ -11,9 +11,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from aitok_jax.data import prepared
-from aitok_jax.data.builders.base import Line, PreparedBuilder, check_broken, problems, read_reports
-from aitok_jax.data.nyu import DataError
+from aitok_jax.data.preparation.builder import Line, PreparedBuilder, check_broken, problems, read_reports
+from aitok_jax.data.sources import prepared
+from aitok_jax.data.sources.nyu import DataError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from aitok_jax.vocab import Vocabulary
+from aitok_jax.tasks.vocabulary import Vocabulary
 
 CLASS_SLOT = 4  # x1 y1 x2 y2 class [mask codes]
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from aitok_jax import metrics, visualize
-from aitok_jax.data import nyu
-from aitok_jax.evaluators.base import Mean, run_evaluation, to_host
+from aitok_jax import visualize
+from aitok_jax.data.sources import nyu
+from aitok_jax.evaluators import metrics
+from aitok_jax.evaluators.batches import Mean, run_evaluation, to_host
 from aitok_jax.tasks.base import compiled_predict
 
 

@@ -1,0 +1,1 @@
+"""Random access to examples on disk."""

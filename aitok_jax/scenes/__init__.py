@@ -1,0 +1,1 @@
+"""The built-in world: furnished rooms, ray cast; knows nothing of training."""
