@@ -1,4 +1,8 @@
-"""Configurations: typed argument strings, dataclasses from configs, and readable errors for unknown keys."""
+"""Configurations: typed argument strings, dataclasses from configs, and readable errors for unknown keys.
+
+Within the package a run's task is made of parts, and data, batch sizes and variants are by part. `translated` is the
+one place that knows the shorter form of a run of one part, and what earlier versions wrote.
+"""
 
 import dataclasses
 import difflib
@@ -8,6 +12,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -73,6 +78,7 @@ def unknown_flag(argv: Iterable[str], config: ConfigDict) -> str:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """The positional arguments; a wrong flag, or a wrong configuration in --config, ends the program with one line."""
+    _let_configs_import_each_other(argv)
     try:
         args = flags.FLAGS(argv)
         if flags.FLAGS["config"].value is not None:
@@ -84,6 +90,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         lines = str(error).strip().splitlines()
         sys.exit(f"error: {lines[-1] if 'Traceback' in str(error) else ' '.join(lines)}")
     return args
+
+
+def _let_configs_import_each_other(argv: Iterable[str]) -> None:
+    """Puts the folder that holds the configuration's package (configs/) where Python looks for modules."""
+    for path in re.findall(r" --?config[= ]([^\s:]+)", " ".join(argv)):
+        sys.path.insert(0, str(Path(path).absolute().parents[1]))
 
 
 def build_dataclass(cls: type, config: Mapping) -> Any:
@@ -139,6 +151,82 @@ def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def ordered(values: Mapping | ConfigDict) -> ConfigDict:
+    """A ConfigDict whose keys, at every level, keep the order that they are given in."""
+    nested = {k: ordered(v) if isinstance(v, Mapping | ConfigDict) else v for k, v in values.items()}
+    return ConfigDict(nested, sort_keys=False)
+
+
+SHARED = ("backbone", "transformer", "vocabulary", "init_variance")  # fields of a solver's task that its parts share
+_PER_PART = ("data", "batch_size", "eval_batch_size", "eval_variants")
+_DEFAULTS = {  # keys that configurations of earlier versions may lack
+    **{"ema_decay": 0.0, "fsdp": 1, "accumulate": 1, "start_from": {}, "categories": ()},
+    **{"eval_variants": {}, "eval_baseline": False, "best_metric": "", "best_mode": "min"},
+}
+_DATA_DEFAULTS = {"also_root": "", "also_count": 0}
+
+
+def translated(config: Mapping | ConfigDict) -> ConfigDict:
+    """The configuration of a run with a task made of parts, and `data`, `batch_size`, ... by part."""
+    plain = {**_DEFAULTS, **(config.to_dict() if isinstance(config, ConfigDict) else config)}
+    task = translated_task(plain["task"], plain.get("name"))
+    if not _has_parts(plain["task"]) and "parts" in task:
+        (part,) = task["parts"]
+        plain |= {key: {part: plain[key]} for key in _PER_PART if key in plain}
+    if "data" in plain:
+        plain["data"] = {part: _data(fields) for part, fields in plain["data"].items()}
+    return ordered({**plain, "task": task})
+
+
+def translated_task(task: Mapping | ConfigDict, part: str | None = None) -> dict[str, Any]:
+    """`config.task` as {'name': 'solver', 'shared': ..., 'parts': {PART: fields}}; a 'tokenizer' has no `shared`.
+
+    Args:
+      task: that, or the fields of one part with its kind ('depth', 'instances', 'depth_tokenizer', ...) as `name`.
+      part: the name that such a part gets; its kind where None.
+    """
+    task = dict(task.to_dict() if isinstance(task, ConfigDict) else task)
+    name = task.pop("name", None)
+    if "parts" in task or name == "backbone":
+        parts = task
+    elif name == "joint":
+        shared = task.pop("shared", {})
+        parts = {"shared": shared, "parts": task}
+        name = "solver"
+    elif str(name).endswith("_tokenizer"):
+        parts = {"parts": {part or name: {"name": name.removesuffix("_tokenizer"), **task}}}
+        name = "tokenizer"
+    else:
+        shared = {key: task.pop(key) for key in SHARED if key in task}
+        parts = {"shared": shared, "parts": {part or str(name): {"name": name, **task}}}
+        name = "solver"
+    if "shared" in parts:
+        parts = {**parts, "shared": _shared(dict(parts["shared"]))}
+    return {"name": name, **parts}
+
+
+def _has_parts(task: Mapping) -> bool:
+    return "parts" in task or task.get("name") == "joint"
+
+
+def _data(fields: Any) -> Any:
+    if not isinstance(fields, Mapping) or "name" not in fields:
+        return fields
+    return {**_DATA_DEFAULTS, **({"modality": "depth"} if fields["name"] == "nyu" else {}), **fields}
+
+
+def _shared(shared: dict[str, Any]) -> dict[str, Any]:
+    """Fields as they are called now."""
+    for module in ("backbone", "transformer"):
+        if isinstance(remat := shared.get(module, {}).get("remat"), bool):
+            shared[module] = {**shared[module], "remat": "blocks" if remat else "none"}
+    vocabulary = dict(shared.get("vocabulary") or {})
+    sizes = [(name, vocabulary.pop(f"num_{name}_codes", None)) for name in ("mask", "depth")]
+    if codes := tuple((name, size) for name, size in sizes if size is not None):
+        vocabulary["codes"] = codes
+    return {**shared, "vocabulary": vocabulary} if "vocabulary" in shared else shared
+
+
 def stage_order(stages: ConfigDict) -> list[str]:
     """The names of a config's stages: a stage that mentions '{workdir}/OTHER' comes after OTHER."""
     mentioned = {name: to_json(stage) for name, stage in stages.items()}
@@ -151,7 +239,7 @@ def stage_order(stages: ConfigDict) -> list[str]:
 
 def format_workdir(config: ConfigDict, workdir: str) -> ConfigDict:
     """A copy of the config in which every '{workdir}' inside a string (also inside lists) is replaced."""
-    return ConfigDict(_format(config.to_dict(), workdir)).lock()
+    return ordered(_format(config.to_dict(), workdir)).lock()
 
 
 def _format(value: Any, workdir: str) -> Any:

@@ -1,6 +1,6 @@
 """Trained models as files that predict without this package: StableHLO by `jax.export`, and the weights.
 
-    python -m aitok_jax.export --checkpoint=RUN_OR_DIR --out=DIR [--task=depth] [--size 480 640]
+    python -m aitok_jax.export --checkpoint=RUN_OR_DIR --out=DIR [--task=TASK] [--size 480 640]
 
 writes DIR/predict.jaxexport (the program, for CPU, CUDA and TPU), DIR/weights.npz and DIR/export.json (inputs, outputs,
 classes and versions), reads them back and compares what they say with the predictor. To run them takes jax, numpy and
@@ -30,38 +30,30 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import aitok_jax
-from aitok_jax.predict.predictor import TASKS, Predictor, model_size
+from aitok_jax.image import IMAGENET_MEAN
+from aitok_jax.predict.predictor import Predictor
+from aitok_jax.predict.views import model_size
 from aitok_jax.tasks.base import compiled_predict
-from aitok_jax.tasks.solving import IMAGENET_MEAN
 
 PROGRAM, WEIGHTS, DESCRIPTION = "predict.jaxexport", "weights.npz", "export.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5
-MEANING = {
-    "depth": "metres, at least 0.001",
-    "confidence": "0..1, 1 / (1 + s), s the standard deviation of the depth in metres",
-    "boxes": "x1 y1 x2 y2 in pixels of the input",
-    "classes": "place in `categories`, counted from 0",
-    "scores": "probability of the class among all classes and the noise label",
-    "masks": "over the box; the mask is where it is at least 0.5",
-    "valid": "False: no object",
-}
 
 
 def export(
     predictor: Predictor, folder: str | Path, task: str | None = None, size: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """Writes `task.predict` as a program (weights, images) -> outputs for any batch, its weights and a description.
+    """Writes `predict` of a part as a program (weights, images) -> outputs for any batch, with weights and description.
 
-    `images` are float32[batch,H,W,3] RGB in 0..1 as the model sees them: resized as `Predictor` does for depth, padded
-    squares as of `predict.fit_square` for objects. The outputs are those of the task: `depth` and `confidence`
-    float32[batch,H,W]; or `boxes`, `classes`, `scores`, `valid` and, for instances, `masks`, as `InstancesTask.predict`
+    `images` are float32[batch,H,W,3] RGB in 0..1 as the model sees them: resized as `Predictor` does for maps, padded
+    squares as of `image.fit_square` for objects. The outputs are those of the part: the map and its `confidence`
+    float32[batch,H,W]; or `boxes`, `classes`, `scores`, `valid` and, for instances, `masks`, as `ObjectsPart.predict`
     says. Sampling (`top_p`) has the predictor's seed.
 
     Args:
         folder: where to; made where absent.
         task: one of `predictor.tasks`; None is the first of them.
-        size: for depth, height and width of the images to be predicted, which are resized to what the model sees of
+        size: for maps, height and width of the images to be predicted, which are resized to what the model sees of
             them; None is a square.
     Returns:
         What is written to export.json.
@@ -70,8 +62,8 @@ def export(
     """
     task = predictor.choose(task)
     part = predictor.parts[task]
-    if size is not None and task != "depth":
-        raise ValueError(f"size={tuple(size)} is for task='depth'; objects are predicted on squares: leave it out")
+    if size is not None and part.kind != "maps":
+        raise ValueError(f"size={tuple(size)} is for maps; {task} is predicted on squares: leave it out")
     if size is not None and min(size) < 1:
         raise ValueError(f"size={tuple(size)} must be a height and a width in pixels, at least 1")
     height, width = model_size(*(size or (1, 1)), part.image_size)
@@ -133,15 +125,19 @@ def _description(
         shape = [d if isinstance(d, int) else str(d) for d in aval.shape]
         return {"shape": shape, "dtype": str(aval.dtype)}
 
-    fill = [round(float(x), 6) for x in IMAGENET_MEAN]
-    how = {"depth": "resized bilinearly (antialiased where it shrinks) to this size, divided by 255"}
-    objects = "longer side resized likewise to this size, divided by 255, filled up at the right or bottom with "
-    outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
+    part = predictor.parts[task]
+    outputs = sorted(jax.tree.unflatten(program.out_tree, program.out_avals).items())
+    how = "resized bilinearly (antialiased where it shrinks) to this size, divided by 255"
+    if part.kind == "objects":
+        fill = [round(float(x), 6) for x in IMAGENET_MEAN]
+        how = f"longer side resized likewise to this size, divided by 255, filled up at the right or bottom with {fill}"
     return {
         "task": task,
-        "input": {**described(images), "range": [0, 1], "colour": "RGB", "how": how.get(task, f"{objects}{fill}")},
-        "outputs": {name: {**described(aval), "meaning": MEANING[name]} for name, aval in sorted(outputs.items())},
-        "categories": predictor.categories if task != "depth" else [],
+        "input": {**described(images), "range": [0, 1], "colour": "RGB", "how": how},
+        "outputs": {
+            name: {**described(aval), "meaning": part.meanings[name]} for name, aval in sorted(outputs.items())
+        },
+        "categories": predictor.categories if part.kind == "objects" else [],
         "platforms": list(program.platforms),
         "versions": {module.__name__: module.__version__ for module in (aitok_jax, jax, jaxlib)},
     }
@@ -155,9 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--checkpoint", required=True, help="run directory, directory of converted weights, or builtin")
     parser.add_argument("--out", required=True, help="folder for the files")
-    parser.add_argument("--task", choices=TASKS, help="what it predicts (default: the first of these the model does)")
+    parser.add_argument("--task", help="what it predicts, of what the model can be asked for (default: the first)")
     parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the images, for depth (default: a square)"
+        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the images, for maps (default: a square)"
     )
     options = parser.parse_args(argv)
     try:

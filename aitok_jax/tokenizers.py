@@ -26,23 +26,23 @@ from ml_collections import ConfigDict
 from aitok_jax import tasks
 from aitok_jax.convert import files, published
 from aitok_jax.models.vqvae import VQVAE
+from aitok_jax.tasks.modalities.depth import Depth
+from aitok_jax.tasks.tokenizer import MapTokenizer
 from aitok_jax.training import checkpoint
 
-MASK_SIZE, MASK_TOKENS, MASK_CODES = 64, 16, 128  # of the published tokenizer, which the text form is for
+MASK_TOKENS, MASK_CODES = 16, 128  # of the published tokenizer, which the text form is for
 LOCATIONS = 1023  # the largest <locNNNN>
 
 
 class _Tokenizer:
     """What both tokenizers do; sizes and ranges are checked in the classes."""
 
-    _task: ClassVar[str]  # the task that trains it, and its name in a solver's model_state
-    _part: ClassVar[str]  # the solver's task that it belongs to
+    _task: ClassVar[str]  # its name in a solver's model_state
     _prefix: ClassVar[str]  # before its names in a published solver
     _options: ClassVar[dict[str, Any]]  # of the published tokenizer, which a weight file does not tell
 
     def __init__(self, model: VQVAE, variables: Mapping[str, Any], size: int | None = None):
-        self.model = model
-        self._size = size
+        self.model, self._size = model, size
         self._variables = jax.device_put(jax.tree.map(jnp.asarray, dict(variables)))
 
     @classmethod
@@ -71,24 +71,26 @@ class _Tokenizer:
         fields = _fields_of(path, state_dict) | cls._options
         codebook = state_dict["_vq_vae._embedding"]
         state_dict = {"_vq_vae._ema_cluster_size": codebook[:, 0], "_vq_vae._ema_w": codebook} | state_dict  # unused
-        task = {"name": cls._task, "image_size": 16 * fields["downsample"], "tokenizer": fields}
+        task = {"name": cls._task, "image_size": fields["downsample"], "mask_ratio": 0.0, "tokenizer": fields}
+        task = {key: value for key, value in task.items() if key != "mask_ratio" or cls is DepthTokenizer}
         variables, _, report = published.convert(state_dict, ConfigDict({"task": task}))
         if report.missing:
             raise ValueError(f"{path}: the VQ-VAE lacks {', '.join(report.missing)}")
-        return tasks.build(task).tokenizer, {"params": variables["params"], **variables["model_state"]}
+        (part,) = tasks.build(task).parts.values()
+        return part.tokenizer, {"params": variables["params"], **variables["model_state"]}
 
     @classmethod
     def _from_directory(cls, path: str | Path) -> tuple[VQVAE, dict, int]:
         config, weights = checkpoint.load_inference(path)
-        name, task = config.task.name, tasks.build(config.task)
-        if name == cls._task:
-            return task.tokenizer, {"params": weights["params"], **weights["model_state"]}, task.image_size
-        part = getattr(task, "parts", {name: task}).get(cls._part)
-        if not isinstance(getattr(part, "tokenizer", None), VQVAE):
-            raise ValueError(f"{path} is a run of task.name={name!r}, which has no {cls._task}")
-        frozen = weights["model_state"][cls._task]
-        size = getattr(part, "mask_size", part.image_size)
-        return part.tokenizer, {"params": frozen["params"], **frozen["model_state"]}, size
+        params, state = weights["params"], weights["model_state"]
+        for part in tasks.build(config.task).parts.values():
+            if cls._reconstructs(part):
+                return part.tokenizer, {"params": params, **state}, part.image_size
+            if frozen := state.get(cls._task):
+                variables = {"params": frozen["params"], **frozen["model_state"]}
+                if cls._solves(part) and isinstance(part.tokenizer, VQVAE):
+                    return part.tokenizer, variables, getattr(part, "mask_size", part.image_size)
+        raise ValueError(f"{path} is a run without {cls._task}")
 
     @property
     def num_codes(self) -> int:
@@ -176,13 +178,21 @@ class DepthTokenizer(_Tokenizer):
     The published one has 128 codes and one token for 32×32 pixels: 225 tokens for 480×480, 100 for 320×320.
     """
 
-    _task, _part, _prefix = "depth_tokenizer", "depth", "depth_head.vqvae."
+    _task, _prefix = "depth_tokenizer", "depth_head.vqvae."
     _options: ClassVar[dict[str, Any]] = {
         "objective": "mse_ignore_zero",
         "use_norm": False,
         "max_value": 10.0,
         "soft_temperature": 0.8,
     }
+
+    @staticmethod
+    def _reconstructs(part: Any) -> bool:
+        return isinstance(part, MapTokenizer) and part.modality.name == Depth.name
+
+    @staticmethod
+    def _solves(part: Any) -> bool:
+        return part.kind == "maps" and part.modality.name == Depth.name
 
     def encode(self, maps: np.ndarray) -> np.ndarray:
         """float[H,W] or float[B,H,W] metres -> ids int32[T] or int32[B,T], row by row.
@@ -206,7 +216,7 @@ class MaskTokenizer(_Tokenizer):
     has them. PaliGemma's decoder gives 2·masks − 1, a mask where above 0.
     """
 
-    _task, _part, _prefix = "mask_tokenizer", "instances", "insseg_head.vqvae."
+    _task, _prefix = "mask_tokenizer", "insseg_head.vqvae."
     _options: ClassVar[dict[str, Any]] = {
         "objective": "mse",
         "use_norm": True,
@@ -215,25 +225,37 @@ class MaskTokenizer(_Tokenizer):
     }
 
     @property
-    def size(self) -> int:
-        """Side of the masks in pixels."""
-        return self._size or MASK_SIZE
+    def size(self) -> int | None:
+        """Side of the masks in pixels; None of a weight file, which does not tell: any multiple of the downsampling."""
+        return self._size
+
+    @staticmethod
+    def _reconstructs(part: Any) -> bool:
+        return part.kind == "masks"
+
+    @staticmethod
+    def _solves(part: Any) -> bool:
+        return part.kind == "objects" and part.tokenizer is not None
 
     def encode(self, maps: np.ndarray) -> np.ndarray:
         """bool, uint8 or float[S,S] or [B,S,S] masks in 0..1 -> ids int32[T] or int32[B,T], row by row.
 
         Raises:
-          ValueError: values outside 0..1 or masks of another size.
+          ValueError: values outside 0..1, masks that are not square, or of another size.
         """
         maps = np.asarray(maps)
-        if maps.ndim not in (2, 3) or maps.shape[-2:] != (self.size, self.size):
-            raise ValueError(f"masks must be [{self.size},{self.size}], or [B,...], got {maps.shape}; resize the crop")
+        wanted = self.size or f"a multiple of {self.model.downsample}"
+        square = (
+            maps.ndim in (2, 3) and maps.shape[-1] == maps.shape[-2] and maps.shape[-1] % self.model.downsample == 0
+        )
+        if not square or maps.shape[-1] != (self.size or maps.shape[-1]):
+            raise ValueError(f"masks must be [S,S] or [B,S,S], S = {wanted}, got {maps.shape}; resize the crop")
         if maps.dtype.kind not in "fbiu" or not np.all((maps >= 0) & (maps <= 1)):
             raise ValueError(f"masks must lie in 0..1, got {maps.dtype} up to {maps.max()}; divide by 255, or compare")
         return self._encode(maps)
 
     def _check_grid(self, grid: tuple[int, int]) -> None:
-        if grid != self.grid(self.size, self.size):
+        if self.size and grid != self.grid(self.size, self.size):
             raise ValueError(f"a mask has {self.grid(self.size, self.size)} tokens, row by row, but {grid} are given")
 
 

@@ -1,26 +1,28 @@
-"""Pictures of depth maps and objects as arrays, made with matplotlib's Agg canvas and without its global state."""
+"""Pictures of maps and objects as arrays, made with matplotlib's Agg canvas and without its global state."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
-import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 
-DEPTH_COLORS, ERROR_COLORS, CONFIDENCE_COLORS = "turbo", "inferno", "viridis"
+from aitok_jax.tasks.modalities import Modality
+from aitok_jax.tasks.modalities.modality import color_range
+
+ERROR_COLORS, CONFIDENCE_COLORS = "inferno", "viridis"
 HOLE_COLOR = (0.6, 0.6, 0.6)
 DPI, TILE_INCHES, OBJECTS_TILE_INCHES = 110, 3.0, 5.0
 MASK_OPACITY = 0.5
 
 
-def depth_panel(
+def map_panel(
+    modality: Modality,
     image: np.ndarray,
     prediction: np.ndarray,
     *,
@@ -28,15 +30,16 @@ def depth_panel(
     confidence: np.ndarray | None = None,
     title: str = "",
 ) -> np.ndarray:
-    """One row of labelled pictures with colour bars: image, truth, prediction, absolute error, confidence.
+    """One row of labelled pictures: image, truth, prediction, error, confidence.
 
-    Truth and prediction share one colour range in metres; pixels without annotation are grey. The RMSE above the error
-    is over all annotated pixels, without crop.
+    Truth and prediction are drawn as the modality says; pixels without annotation are grey. The RMSE above the error is
+    over all annotated pixels, without crop.
 
     Args:
+        modality: of the maps.
         image: RGB, uint8[H,W,3] or float[H,W,3] in 0..1.
-        prediction: float[H,W] metres.
-        truth: float[H,W] metres, 0 = no annotation; adds the truth and the error.
+        prediction: the map.
+        truth: the annotated map; adds the truth and the error.
         confidence: float[H,W] in 0..1.
         title: a line above the row.
     Returns:
@@ -45,32 +48,27 @@ def depth_panel(
         ValueError: a map has another size than the image, or the image is not [H,W,3] in a known scale.
     """
     image = _displayable(image)
-    maps = {"prediction": prediction, "truth": truth, "confidence": confidence}
-    for name, map_ in maps.items():
-        if map_ is not None and np.shape(map_) != image.shape[:2]:
+    maps = {"ground truth": truth, "prediction": prediction}
+    maps = {name: np.asarray(map_, np.float32) for name, map_ in maps.items() if map_ is not None}
+    for name, map_ in {**maps, "confidence": confidence}.items():
+        if map_ is not None and np.shape(map_)[:2] != image.shape[:2]:
             raise ValueError(f"{name} must have the size of the image, {image.shape[:2]}, got {np.shape(map_)}")
-    prediction = np.asarray(prediction, np.float32)
     tiles = [("image", image, {}, "")]
-    if truth is None:
-        low, high = _range(prediction[np.isfinite(prediction)])
-    else:
-        truth = np.asarray(truth, np.float32)
-        valid = truth > 0
-        low, high = _range(np.concatenate([truth[valid], prediction[np.isfinite(prediction)]]))
-    depth_style = {"cmap": DEPTH_COLORS, "vmin": low, "vmax": high}
+    tiles += [(name, *tile) for name, tile in zip(maps, modality.tiles(list(maps.values())), strict=True)]
     if truth is not None:
-        tiles.append(("ground truth", np.where(valid, truth, np.nan), depth_style, "depth [m]"))
-    tiles.append(("prediction", prediction, depth_style, "depth [m]"))
-    if truth is not None:
-        error = np.where(valid, np.abs(prediction - truth), np.nan)
-        finite = error[np.isfinite(error)]
-        label = f"error (RMSE {np.sqrt(np.mean(np.square(finite))):.2f} m)" if finite.size else "error (no annotation)"
-        error_style = {"cmap": ERROR_COLORS, "vmin": 0.0, "vmax": _range(finite)[1]}
-        tiles.append((label, error, error_style, "|error| [m]"))
+        tiles.append(_error_tile(modality, maps["prediction"], maps["ground truth"]))
     if confidence is not None:
         style = {"cmap": CONFIDENCE_COLORS, "vmin": 0.0, "vmax": 1.0}
         tiles.append(("confidence", np.asarray(confidence, np.float32), style, "0 = unsure, 1 = sure"))
     return _draw(tiles, title, aspect=image.shape[0] / image.shape[1])
+
+
+def _error_tile(modality: Modality, prediction: np.ndarray, truth: np.ndarray) -> tuple:
+    error = np.where(modality.valid(truth), modality.error(prediction, truth), np.nan)
+    finite = error[np.isfinite(error)]
+    rms = f"RMSE {np.sqrt(np.mean(np.square(finite))):.2f} {modality.unit}" if finite.size else "no annotation"
+    style = {"cmap": ERROR_COLORS, "vmin": 0.0, "vmax": color_range(finite)[1]}
+    return f"error ({rms})", error, style, f"|error| [{modality.unit}]"
 
 
 def objects_panel(
@@ -116,42 +114,9 @@ def objects_panel(
     return _draw(tiles, title, aspect=image.shape[0] / image.shape[1], inches=OBJECTS_TILE_INCHES)
 
 
-def colorize(depth: np.ndarray, *, low: float | None = None, high: float | None = None) -> np.ndarray:
-    """Depth f32[H,W] in metres as a coloured picture uint8[H,W,3], near = blue, far = red, no annotation (0) = grey.
-
-    `low` and `high` are the ends of the colour range in metres; left out, the 1st and 99th percentile.
-    """
-    depth = np.asarray(depth, np.float32)
-    if depth.ndim != 2:
-        raise ValueError(f"depth must be [H, W], got shape {depth.shape}; colour one map at a time")
-    valid = np.isfinite(depth) & (depth > 0)
-    found_low, found_high = _range(depth[valid])
-    low = found_low if low is None else low
-    high = found_high if high is None else high
-    if not low < high:
-        raise ValueError(f"low={low} must be below high={high}")
-    scaled = np.clip((np.where(valid, depth, low) - low) / (high - low), 0, 1)
-    colors = matplotlib.colormaps[DEPTH_COLORS](scaled)[..., :3]
-    colors[~valid] = HOLE_COLOR
-    return np.round(colors * 255).astype(np.uint8)
-
-
 def png_name(name: str) -> str:
     """The file name of the picture of an example: 'room/rgb_1.jpg' -> 'room_rgb_1.png'."""
     return str(PurePosixPath(name).with_suffix("")).strip("/").replace("/", "_") + ".png"
-
-
-def save_png(path: str | Path, array: np.ndarray) -> None:
-    """Writes uint8[H,W], uint8[H,W,3] or uint16[H,W] as PNG, making the folder where needed; ValueError otherwise."""
-    array = np.asarray(array)
-    rgb = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
-    grey = array.ndim == 2 and array.dtype in (np.uint8, np.uint16)
-    if not (rgb or grey):
-        raise ValueError(
-            f"PNG needs uint8 [H, W], uint8 [H, W, 3] or uint16 [H, W], got {array.dtype} {array.shape}; convert first"
-        )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, format="PNG")
 
 
 def _checked_objects(image, label, boxes, classes, scores, masks):
@@ -228,11 +193,3 @@ def _displayable(image: np.ndarray) -> np.ndarray:
     if not np.issubdtype(image.dtype, np.floating):
         raise ValueError(f"image must be uint8 or float in 0..1, got {image.dtype}; convert it to uint8")
     return np.clip(image.astype(np.float32), 0, 1)
-
-
-def _range(values: np.ndarray) -> tuple[float, float]:
-    """Ends of a colour range: 1st and 99th percentile, kept apart."""
-    if not values.size:
-        return 0.0, 1.0
-    low, high = np.percentile(values, [1, 99])
-    return float(low), float(max(high, low + 1e-3))

@@ -1,4 +1,4 @@
-"""Stage 1: the depth tokenizer on NYUv2 (AIT.md section 2).
+"""Stage 1: the depth tokenizer on NYUv2 (paper, section 3.1 and appendix).
 
     python -m aitok_jax.main --config=configs/vqvae_depth.py --workdir=runs/vqvae_depth --config.data.root=DATA/nyu
 
@@ -15,51 +15,23 @@ Published: 20 epochs of 24 231 maps at batch 8; no reconstruction error is publi
 from ml_collections import ConfigDict
 
 from aitok_jax.config import parse_arg
+from aitok_jax.tasks.modalities.depth import EIGEN_CROP
+from configs import common
 
-TRAINING_PAIRS, EPOCHS, BATCH = 24231, 20, 8
-
-
-def nyu_data(recipe: str, size: int = 480) -> ConfigDict:
-    """The published folder layout; lists may be given, else the folder is looked through."""
-    return ConfigDict(
-        {
-            "name": "nyu",
-            "root": "data/nyu",
-            "train_list": "",
-            "test_list": "",
-            "train_subfolder": "",
-            "test_subfolder": "official_splits/test",
-            "size": size,
-            "recipe": recipe,
-            "columns": (41, 601) if recipe == "tokenizer" else (),
-            "color": True,
-            "cutdepth": "published",
-            "on_error": "raise",
-            "cache": False,
-            "expected_train": 0,
-            "expected_test": 0,
-            "also_root": "",
-            "also_count": 0,
-            "render": {},
-        }
-    )
+TRAINING_PAIRS, EPOCHS, BATCH, SIZE = 24231, 20, 8, 480
+NYU = {"color": True, "cutdepth": "published"}
 
 
-def tokenizer_fields(**overrides) -> ConfigDict:
-    """The fields of the published depth `VQVAE`; numbers are those of the table in AIT.md section 2."""
-    fields = {
-        "hidden": 16,
-        "downsample": 32,
-        "num_res_blocks": 2,
-        "num_codes": 128,
-        "code_dim": 512,
-        "objective": "mse_ignore_zero",
-        "use_norm": False,
-        "max_value": 10.0,
-        "soft_temperature": 0.8,
-        "restart_threshold": 0.0,
-    }
-    return ConfigDict(fields | overrides)
+def nyu_data(recipe: str) -> dict:
+    """The published folder layout and augmentation, of recipe 'tokenizer' or 'solver'."""
+    columns = (41, 601) if recipe == "tokenizer" else ()
+    return common.maps_data("depth", "data/nyu", SIZE, recipe, columns=columns, **NYU)
+
+
+def tokenizer_fields(**overrides) -> dict:
+    """The fields of the published depth `VQVAE`."""
+    own = {"downsample": 32, "objective": "mse_ignore_zero", "use_norm": False, "max_value": 10.0}
+    return common.TOKENIZER | own | {"soft_temperature": 0.8} | overrides
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -76,59 +48,34 @@ def get_config(arg: str | None = None) -> ConfigDict:
         faithful=True,
     )
     steps_per_epoch = TRAINING_PAIRS // BATCH
-    return ConfigDict(
-        {
-            "name": "tokenizer",
-            "seed": 0,
-            "task": {
-                "name": "depth_tokenizer",
-                "image_size": 480,
-                "mask_ratio": arg.mask_ratio,
-                "mask_patch": arg.mask_patch,
-                "eval_crop": (45, 471, 41, 601),
-                "max_depth": 10.0,
-                "tokenizer": tokenizer_fields(
-                    num_codes=arg.num_codes,
-                    hidden=arg.hidden,
-                    downsample=arg.downsample,
-                    num_res_blocks=arg.res_blocks,
-                    objective=arg.objective,
-                    restart_threshold=0.0 if arg.faithful else 0.1,
-                ),
-            },
-            "data": nyu_data("tokenizer"),
-            "batch_size": BATCH,
-            "eval_batch_size": 8,
-            "train_steps": steps_per_epoch * EPOCHS,
-            "log_every": 100,
-            "eval_every": steps_per_epoch,
-            "checkpoint_every": 1000,
-            "keep_checkpoints": 2,
-            "best_metric": "tokenizer/rmse",
-            "best_mode": "min",
-            "optim": {
-                "name": "adam",
-                "learning_rate": arg.learning_rate,
-                "b1": 0.9,
-                "b2": 0.999,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "layer_decay": 1.0,
-                "clip_norm": 0.0,
-                "warmup_steps": 0,
-                "warmup_ratio": 1.0,
-                "schedule": {
-                    "name": "exponential",
-                    "factor": 0.98,
-                    "every": 500,
-                    "steps_per_epoch": steps_per_epoch,
-                },
-            },
-            "ema_decay": 0.0,
-            "fsdp": 1,
-            "accumulate": 1,
-            "start_from": {},
-            "eval_variants": {},
-            "eval_baseline": False,
-        }
+    tokenizer = tokenizer_fields(
+        num_codes=arg.num_codes,
+        hidden=arg.hidden,
+        downsample=arg.downsample,
+        num_res_blocks=arg.res_blocks,
+        objective=arg.objective,
+        restart_threshold=0.0 if arg.faithful else 0.1,
+    )
+    return common.run(
+        name="tokenizer",
+        task={
+            "name": "depth_tokenizer",
+            "image_size": SIZE,
+            "mask_ratio": arg.mask_ratio,
+            "mask_patch": arg.mask_patch,
+            "eval_crop": EIGEN_CROP,
+            "max_depth": 10.0,
+            "tokenizer": tokenizer,
+        },
+        data=nyu_data("tokenizer"),
+        batch_size=BATCH,
+        train_steps=steps_per_epoch * EPOCHS,
+        log_every=100,
+        eval_every=steps_per_epoch,
+        best_metric="tokenizer/rmse",
+        optim=common.optimizer(
+            name="adam",
+            learning_rate=arg.learning_rate,
+            schedule={"name": "exponential", "factor": 0.98, "every": 500, "steps_per_epoch": steps_per_epoch},
+        ),
     )

@@ -12,10 +12,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aitok_jax import tasks
-from aitok_jax.config import build_dataclass
+from aitok_jax.config import build_dataclass, translated_task
 from aitok_jax.convert import rules
-from aitok_jax.models.swin_v2 import SwinV2, relative_coordinates, relative_index
+from aitok_jax.models.swin_v2 import SwinV2
 from aitok_jax.models.transformer import sine_positions
+from aitok_jax.models.window_attention import relative_coordinates, relative_index
 
 BACKBONE = ("params", "backbone")
 MAX_LINES = 20  # of an error
@@ -49,12 +50,13 @@ def shapes(task: Any) -> dict:
     """{'params', 'model_state'} of a task as jax.ShapeDtypeStruct leaves; nothing is allocated."""
 
     def batch(part: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        map_BSS = jax.ShapeDtypeStruct((1, part.image_size, part.image_size), jnp.float32)
-        image_BSSC = jax.ShapeDtypeStruct((*map_BSS.shape, 3), jnp.float32)
-        return {"image": image_BSSC, "depth": map_BSS, "instance": map_BSS}
+        side = (1, part.image_size, part.image_size)
+        axes = {"image": (3,), "instance": ()}
+        if hasattr(part, "modality"):
+            axes[part.modality.name] = part.modality.map_axes
+        return {name: jax.ShapeDtypeStruct((*side, *more), jnp.float32) for name, more in axes.items()}
 
-    parts = getattr(task, "parts", None)
-    batches = {name: batch(part) for name, part in parts.items()} if parts else batch(task)
+    batches = {name: batch(part) for name, part in task.parts.items()}
     params, model_state = jax.eval_shape(task.init, jax.random.key(0), batches)
     return {"params": params, "model_state": model_state}
 
@@ -77,7 +79,7 @@ def convert(state_dict: Mapping[str, np.ndarray], config: ConfigDict) -> tuple[d
     found = {name: path for name, path in _located(state_dict).items() if path in target}
     if not found:
         raise ValueError(
-            f"nothing in the file fits task.name={config.task.name!r}; it holds {_summary(state_dict)}. "
+            f"nothing in the file fits the task of the config; it holds {_summary(state_dict)}. "
             "Give the config of the same model"
         )
     if all(path[:2] == BACKBONE for path in found.values()):
@@ -136,10 +138,8 @@ def _summary(state_dict: Mapping[str, np.ndarray]) -> str:
 
 
 def _backbone_config(config: ConfigDict) -> ConfigDict:
-    plain = config.to_dict()
-    task = plain["task"]
-    backbone = task["shared"]["backbone"] if "shared" in task else task["backbone"]
-    return ConfigDict({**plain, "task": {"name": "backbone", "backbone": backbone}})
+    backbone = translated_task(config.task)["shared"]["backbone"]
+    return ConfigDict({**config.to_dict(), "task": {"name": "backbone", "backbone": backbone}})
 
 
 def state_dict(variables: Mapping[str, Any], config: ConfigDict) -> dict[str, np.ndarray]:
@@ -157,17 +157,16 @@ def state_dict(variables: Mapping[str, Any], config: ConfigDict) -> dict[str, np
         named[rules.publish(path)] = np.ascontiguousarray(rules.from_layout(path, np.asarray(array)))
     if config.task.name == "backbone":
         return named | relative_tables(build_dataclass(SwinV2, config.task.backbone))
-    task = tasks.build(config.task)
-    parts = dict(getattr(task, "parts", None) or {config.task.name: task})
-    solvers = [part for part in parts.values() if hasattr(part, "solver")]
-    if not solvers:
+    parts = list(tasks.build(config.task).parts.values())
+    if not hasattr(parts[0], "solver"):
         return named
-    named |= relative_tables(solvers[0].solver.backbone) | _sine_table(solvers[0])
+    named |= relative_tables(parts[0].solver.backbone) | _sine_table(parts[0])
     shared = {name: array for name, array in named.items() if name.startswith("transformer.")}
-    for head in _heads(parts):
+    for head in [head for part in parts for head in _heads(part, alone=len(parts) == 1)]:
         named |= {f"{head}.{name}": array for name, array in shared.items()}
-    if "insseg_head" in _heads(parts):
-        named["insseg_head.loss_seq.weight"] = _loss_weights(parts["instances"])
+        if head == "insseg_head":
+            (objects,) = (part for part in parts if part.kind == "objects")
+            named["insseg_head.loss_seq.weight"] = _loss_weights(objects)
     return named
 
 
@@ -192,13 +191,11 @@ def _sine_table(part: Any) -> dict[str, np.ndarray]:
     return {"transformer.enc_embed": table.reshape(1, side, side, -1)}
 
 
-def _heads(parts: Mapping[str, Any]) -> list[str]:
-    """The published set-ups' heads; the one for instances alone has that for detection too."""
-    instances = parts.get("instances")
-    heads = ["depth_head"] if "depth" in parts else []
-    if instances is not None and len(parts) == 1:
-        heads.append("det_head")
-    return heads + (["insseg_head"] if instances is not None and instances.tokenizer is not None else [])
+def _heads(part: Any, alone: bool) -> list[str]:
+    """The published set-ups' heads of a part; the one for instances alone has that for detection too."""
+    if part.kind == "maps":
+        return [f"{part.modality.name}_head"]
+    return ["det_head"] * alone + ["insseg_head"] * (part.tokenizer is not None)
 
 
 def _loss_weights(part: Any) -> np.ndarray:
@@ -206,7 +203,7 @@ def _loss_weights(part: Any) -> np.ndarray:
     weights = np.ones(vocabulary.size, np.float32)
     weights[vocabulary.coordinates.slice] = part.box_weight
     weights[vocabulary.classes.start : vocabulary.noise + 1] = part.class_weight
-    weights[vocabulary.mask_codes.slice] = part.mask_weight
+    weights[vocabulary.codes_of("mask").slice] = part.mask_weight
     return weights
 
 

@@ -1,6 +1,6 @@
-"""Transforms of single examples in TensorFlow ops: the recipes of AIT.md sections 2 and 7, and their parts.
+"""Transforms of examples with a dense map, in TensorFlow ops: the published recipes for NYUv2, and their parts.
 
-An example is a dict with `image` uint8[H,W,3] RGB (where there is one) and `depth` float32[H,W] metres (0 = missing).
+An example is a dict with `image` uint8[H,W,3] RGB (where there is one) and a map f32[H,W,...] by its modality's name.
 A random op takes `seed`, int32[2], draws all its numbers from it without state, and gives the same in eager mode and
 inside tf.data. Each op draws from a stream of its own, so one seed serves a whole recipe.
 """
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from aitok_jax.tasks.modalities import Modality
 
 Example = dict[str, Any]
 
 CUTDEPTH_MODES = ("published", "metric", "off")
 CUTDEPTH_MAX_DEPTH = 10.0  # metres that 'metric' shows as 255
-PAD = np.array((123.675, 116.28, 103.53), np.float32) / 255  # colour around images: exactly 0 once normalised
-HUE_DEGREES, SATURATION, VALUE = 20.0, 30.0, 20.0  # largest shifts (AIT.md section 7); the latter on the 0..255 scale
+HUE_DEGREES, SATURATION, VALUE = 40.0, 30.0, 20.0
+"""Largest shifts, the latter two on the 0..255 scale. The published hue is ±20 on an 8-bit scale of half degrees."""
 
 # Added to the seed of each random op. Large and odd, so that runs with small seeds 0, 1, 2, ... share no stream.
 _FLIP, _CROP, _COLOR, _CUT = 0x1F3A5C71, 0x2B7E1517, 0x3C6EF373, 0x510E527F
@@ -27,11 +27,13 @@ class Transform:
     """A recipe: `transform(example, seed) -> example`.
 
     Attributes:
+      modality: of the map.
       apply: the op; recipes without randomness ignore the seed.
       size: side in pixels of the square it cuts out; 0 = it keeps the size.
       columns: the column range (start, stop) it keeps first; () = all.
     """
 
+    modality: Modality
     apply: Callable[[Example, Any], Example]
     size: int = 0
     columns: tuple[int, ...] = ()
@@ -56,10 +58,10 @@ class Transform:
             )
 
 
-def tokenizer_train(size: int, columns: tuple[int, ...] = (41, 601)) -> Transform:
-    """Training recipe of the depth tokenizer (AIT.md section 2): columns, flip with p 1/2, random crop; depth only.
+def tokenizer_train(modality: Modality, size: int, columns: tuple[int, ...] = (41, 601)) -> Transform:
+    """Training recipe of a tokenizer: columns, flip with p 1/2, random crop; the map alone, float32[size,size,...].
 
-    Gives {'depth': float32[size,size]}; an image is neither needed nor returned. Masking is the task's affair.
+    An image is neither needed nor returned. Masking is the task's affair.
     """
     columns = tuple(columns)
     _check_size(size)
@@ -67,18 +69,18 @@ def tokenizer_train(size: int, columns: tuple[int, ...] = (41, 601)) -> Transfor
         raise ValueError(f"columns={columns} must be () or (start, stop) with 0 <= start < stop")
 
     def apply(example: Example, seed: Any) -> Example:
-        depth = example["depth"]
+        map_ = example[modality.name]
         if columns:
-            depth = depth[:, columns[0] : columns[1]]
-        return random_flip(random_crop({"depth": depth}, seed, size), seed)
+            map_ = map_[:, columns[0] : columns[1]]
+        return random_flip(random_crop({modality.name: map_}, seed, size), seed, modality)
 
-    return Transform(apply, size, columns)
+    return Transform(modality, apply, size, columns)
 
 
-def solver_train(size: int, color: bool = True, cutdepth: str = "published") -> Transform:
-    """Training recipe of the depth solver (AIT.md section 7): CutDepth, flip, random crop, colour; then RGB/255.
+def solver_train(modality: Modality, size: int, color: bool = True, cutdepth: str = "published") -> Transform:
+    """Training recipe of a solver: CutDepth (depth alone has it), flip, random crop, colour; then RGB/255.
 
-    Gives image float32[size,size,3] in 0..1 and depth float32[size,size] metres. The order is the published code's:
+    Gives image float32[size,size,3] in 0..1 and the map float32[size,size,...]. The order is the published code's:
     CutDepth comes first, so its band is a share of the whole width, is cropped and mirrored with the picture, and
     its values go through the colour changes. (Cropping before mirroring gives the same distribution for less work.)
     """
@@ -89,27 +91,33 @@ def solver_train(size: int, color: bool = True, cutdepth: str = "published") -> 
     def apply(example: Example, seed: Any) -> Example:
         if cutdepth != "off":
             example = random_cut_depth(example, seed, cutdepth)
-        example = random_flip(random_crop(example, seed, size), seed)
+        example = random_flip(random_crop(example, seed, size), seed, modality)
         if color:
             example = random_color(example, seed)
         return _scaled(example)
 
-    return Transform(apply, size)
+    return Transform(modality, apply, size)
 
 
-def evaluation() -> Transform:
-    """Full size, no randomness: image float32[H,W,3] in 0..1 (RGB/255), depth float32[H,W] metres."""
-    return Transform(lambda example, seed: _scaled(example))
+def evaluation(modality: Modality) -> Transform:
+    """Full size, no randomness: image float32[H,W,3] in 0..1 (RGB/255), and the map."""
+    return Transform(modality, lambda example, seed: _scaled(example))
 
 
-def random_flip(example: Example, seed: Any) -> Example:
-    """Mirrors every map of the example left to right, together, with p 1/2."""
+def random_flip(example: Example, seed: Any, modality: Modality) -> Example:
+    """Mirrors image and map left to right, together, with p 1/2."""
     import tensorflow as tf
 
     (gate,) = _uniform(seed, _FLIP, 1)
     keys = sorted(example)
-    maps = [example[key] for key in keys]
-    flipped = tf.cond(gate < 0.5, lambda: [tf.reverse(x, [1]) for x in maps], lambda: [tf.identity(x) for x in maps])
+
+    def mirrored(key):
+        reverse = tf.reverse(example[key], [1])
+        return modality.mirror(reverse) if key == modality.name else reverse
+
+    flipped = tf.cond(
+        gate < 0.5, lambda: [mirrored(key) for key in keys], lambda: [tf.identity(example[key]) for key in keys]
+    )
     return dict(zip(keys, flipped, strict=True))
 
 
@@ -118,7 +126,7 @@ def random_crop(example: Example, seed: Any, size: int) -> Example:
     import tensorflow as tf
 
     u_row, u_column = _uniform(seed, _CROP, 2)
-    shape = tf.shape(example["depth"])
+    shape = tf.shape(next(iter(example.values())))
     top = tf.cast(u_row * tf.cast(shape[0] - size + 1, tf.float32), tf.int32)
     left = tf.cast(u_column * tf.cast(shape[1] - size + 1, tf.float32), tf.int32)
     cropped = {}
@@ -129,7 +137,7 @@ def random_crop(example: Example, seed: Any, size: int) -> Example:
 
 
 def random_color(example: Example, seed: Any) -> Example:
-    """Brightness-contrast, gamma and hue-saturation-value of the image, each with p 1/2 (ranges: AIT.md section 7)."""
+    """Brightness-contrast, gamma and hue-saturation-value of the image, each with p 1/2, in the published ranges."""
     import tensorflow as tf
 
     gate_tone, gate_gamma, gate_hsv, u_alpha, u_beta, u_gamma, *u_hsv = _uniform(seed, _COLOR, 9)

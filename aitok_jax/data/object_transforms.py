@@ -1,4 +1,4 @@
-"""Transforms of examples with objects, in NumPy on the host: the COCO recipes of AIT.md sections 6.2 and 7.
+"""Transforms of examples with objects, in NumPy on the host: the published recipes for COCO.
 
 An example is what `coco.CocoSource.read` gives. A transform takes it with a `np.random.Generator`, from which it draws
 all its numbers, and gives arrays of fixed shapes. Masks stay on the host: what leaves are crops at the boxes.
@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from aitok_jax.data.map_transforms import PAD
+from aitok_jax.image import fit_square, fitted, on_canvas, resize
 
 Example = dict[str, np.ndarray]
 
@@ -65,12 +64,12 @@ def training(
     jitter: tuple[float, float] = (0.1, 3.0),
     order: str = "random",
 ) -> HostTransform:
-    """Training recipe of detection and instance segmentation (AIT.md sections 6.2 and 7).
+    """Training recipe of detection and instance segmentation.
 
     Flip with p 1/2; large-scale jitter: the longer side becomes `size` times a uniform number of `jitter`; a uniform
     crop of at most `size` x `size`, which may hold no object; boxes of MIN_SIDE px or less are dropped; padding with
-    PAD at right and bottom; then the slots are filled up with noise objects. (Flipping before cropping gives the same
-    distribution as the published order.)
+    the mean colour at right and bottom; then the slots are filled up with noise objects. (Flipping before cropping
+    gives the same distribution as the published order.)
 
     Args:
       size: side of the input in pixels.
@@ -127,7 +126,7 @@ def training(
 
 
 def evaluation(size: int) -> HostTransform:
-    """Resized so that it fits `size` x `size` keeping the aspect, then padded (AIT.md section 7); no randomness.
+    """Resized so that it fits `size` x `size` keeping the aspect, then padded; no randomness.
 
     Gives `image` as `training`; `scale` float32[2], the factors (x, y) from the original to the resized image; and
     `original_size` int32[2] (height, width).
@@ -136,14 +135,8 @@ def evaluation(size: int) -> HostTransform:
     spec = {"image": (np.float32, (size, size, 3)), "scale": (np.float32, (2,)), "original_size": (np.int32, (2,))}
 
     def apply(example: Example, rng: np.random.Generator) -> Example:
-        height, width = example["image"].shape[:2]
-        resized = _resized(height, width, size)
-        view = _View(resized, 0, 0, *resized)
-        return {
-            "image": _picture(example["image"], view, size),
-            "scale": np.array([resized[1] / width, resized[0] / height], np.float32),
-            "original_size": np.array([height, width], np.int32),
-        }
+        image, scale = fit_square(example["image"], size)
+        return {"image": image, "scale": scale, "original_size": np.array(example["image"].shape[:2], np.int32)}
 
     return HostTransform(apply, spec)
 
@@ -177,7 +170,7 @@ def fill_slots(
     rng: np.random.Generator,
     order: str = "random",
 ) -> Slots:
-    """Real objects in the given order, then noise objects up to `num_objects` (AIT.md section 6.2).
+    """Real objects in the given order, then noise objects up to `num_objects`, as published.
 
     A uniform random number of the noise objects are duplicates, of any real object alike; the rest are bad boxes.
     Without real objects all are bad. Noise objects are shuffled.
@@ -241,7 +234,7 @@ def crop_masks(
     rows: np.ndarray | None = None,
     columns: np.ndarray | None = None,
 ) -> np.ndarray:
-    """uint8[n,size,size]: `roi_align`, binarised at 1/2 (AIT.md section 6.2)."""
+    """uint8[n,size,size]: `roi_align`, binarised at 1/2."""
     return (roi_align(masks, boxes, indices, size, rows, columns) >= 0.5).astype(np.uint8)
 
 
@@ -312,37 +305,24 @@ def _samples(low: np.float32, high: np.float32, size: int, places: np.ndarray) -
 
 def _random_view(height: int, width: int, size: int, factor: float, rng: np.random.Generator) -> _View:
     """The longer side resized to `size * factor`, then a uniform crop of at most size x size."""
-    resized = _resized(height, width, max(int(size * factor), 1))
+    resized = fitted(height, width, max(int(size * factor), 1))
     crop = min(resized[0], size), min(resized[1], size)
     top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(resized, crop, strict=True))
     return _View(resized, top, left, *crop)
 
 
-def _resized(height: int, width: int, longer: int) -> tuple[int, int]:
-    """Height and width, at least 1, of an image resized so that its longer side is `longer`."""
-    factor = longer / max(height, width)
-    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
-
-
 def _picture(image: np.ndarray, view: _View, size: int) -> np.ndarray:
-    """float32[size,size,3] in 0..1: what the view shows of uint8[H,W,3], at the top left, PAD elsewhere.
+    """float32[size,size,3] in 0..1: what the view shows of uint8[H,W,3], at the top left, the mean colour elsewhere.
 
     Bilinear, and smoothed where it shrinks (the published system does not smooth; enlarging gives the same).
     """
     (height, width), (resized_height, resized_width) = image.shape[:2], view.resized
     if (height, width) == view.resized:
-        shown = image[view.top : view.top + view.height, view.left : view.left + view.width]
-    else:
-        y, x = height / resized_height, width / resized_width
-        right, bottom = min((view.left + view.width) * x, width), min((view.top + view.height) * y, height)
-        box = (view.left * x, view.top * y, right, bottom)
-        picture = Image.fromarray(np.ascontiguousarray(image))
-        shown = np.asarray(picture.resize((view.width, view.height), Image.Resampling.BILINEAR, box))
-    canvas = np.empty((size, size, 3), np.float32)
-    canvas[view.height :] = PAD
-    canvas[: view.height, view.width :] = PAD
-    np.divide(shown, np.float32(255), out=canvas[: view.height, : view.width])
-    return canvas
+        return on_canvas(image[view.top : view.top + view.height, view.left : view.left + view.width], size)
+    y, x = height / resized_height, width / resized_width
+    right, bottom = min((view.left + view.width) * x, width), min((view.top + view.height) * y, height)
+    box = (view.left * x, view.top * y, right, bottom)
+    return on_canvas(resize(image, view.height, view.width, box), size)
 
 
 def _boxes_in(view: _View, boxes: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -6,24 +6,18 @@ own. So the batch of a step is a pure function of (seed, step), on any number of
 step.
 """
 
-import dataclasses
-import functools
-import os
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from aitok_jax.data import map_transforms, object_transforms
-from aitok_jax.data.sources import coco, mixture, nyu, prepared
+from aitok_jax.data.sources.files import DataError
 
 Batch = dict[str, np.ndarray]
 Transform = map_transforms.Transform | object_transforms.HostTransform
 
-RECIPES = ("tokenizer", "solver")
 _PREFETCH = 2  # batches
 
 
@@ -42,21 +36,7 @@ class Source(Protocol):
         """JSON values that change where the examples or their order do."""
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        """`image` uint8[H,W,3] RGB and `depth` float32[H,W] metres; for a HostTransform, what that reads."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What a run reads: sources to train and evaluate on, with their transforms."""
-
-    train: Source
-    eval: Source
-    train_transform: Transform
-    eval_transform: Transform
-
-    def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """What must stay the same for a run to go on: numbers of examples, and hashes of names and annotations."""
-        return {"train": self.train.fingerprint(), "eval": self.eval.fingerprint()}
+        """`image` uint8[H,W,3] RGB and the map of the transform's modality; for a HostTransform, what that reads."""
 
 
 def train_batches(
@@ -130,130 +110,6 @@ def eval_batches(
     return _batches(counts, place, source, transform, 0, local, replace_broken=False)
 
 
-def build(config: Any) -> Data:
-    """Sources and transforms of a run from `config.data`.
-
-    Keys of all: name, root, on_error, cache, expected_train, expected_test (examples; 0 = any), render ({} or the
-    arguments of `scenes.ensure`: train, test, height, width, seed, format); also_root and also_count: that many
-    training examples of every batch are of the data there, laid out in the same way, 0 = none.
-    'nyu': train_list, test_list ('' = look through the folder), train_subfolder, test_subfolder, size (crop side),
-    recipe ('tokenizer' | 'solver'), columns, color, cutdepth.
-    'coco': train_images, test_images (folders), train_annotations, test_annotations (JSONs; all relative to root),
-    size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high), order (object_transforms.ORDERS).
-    'coco_masks': folders and JSONs as 'coco', mask_size.
-
-    Where root (or root/NAME/VERSION) is prepared data, of `aitok_jax.data.prepare` or TFDS's `nyu_depth_v2`, that is
-    read, with the same batches as from the raw folders; folders and JSONs were chosen in preparing and are not looked
-    at, and lists or render are an error.
-    """
-    builders = {"nyu": _nyu, "coco": _coco, "coco_masks": _coco_masks}
-    if config.name not in builders:
-        raise ValueError(
-            f"data.name={config.name!r} must be 'nyu' (NYUv2, or any folder in its layout), 'coco' (images with an "
-            "instances JSON) or 'coco_masks' (the masks of one)"
-        )
-    data = builders[config.name](config)
-    if count := config.get("also_count", 0):
-        changes = {"root": config.also_root, "expected_train": 0, "expected_test": 0, "render": {}}
-        if config.name == "nyu" and prepared.find(config.also_root, "nyu"):
-            changes |= {"train_list": "", "test_list": ""}
-        also = builders[config.name](ConfigDict({**config, **changes}))
-        data = dataclasses.replace(data, train=mixture.Mixture(data.train, also.train, count))
-    return data
-
-
-def _nyu(config: Any) -> Data:
-    if config.recipe not in RECIPES:
-        raise ValueError(f"data.recipe={config.recipe!r} must be one of {RECIPES}")
-    if config.recipe == "tokenizer":
-        train_transform = map_transforms.tokenizer_train(config.size, tuple(config.columns))
-    else:
-        train_transform = map_transforms.solver_train(config.size, config.color, config.cutdepth)
-    if folder := _prepared(config, "nyu"):
-        train, test = prepared.nyu_sources(
-            folder,
-            train_images=config.recipe != "tokenizer",
-            counts=(config.expected_train, config.expected_test),
-            on_error=config.on_error,
-            cache=config.cache,
-        )
-        return Data(train, test, train_transform, map_transforms.evaluation())
-    _render(config)
-    source = functools.partial(nyu.NyuSource, config.root, on_error=config.on_error, cache=config.cache)
-    train = source(
-        config.train_list,
-        subfolder=config.train_subfolder,
-        images=config.recipe != "tokenizer",
-        expected_count=config.expected_train,
-    )
-    test = source(config.test_list, subfolder=config.test_subfolder, expected_count=config.expected_test)
-    return Data(train, test, train_transform, map_transforms.evaluation())
-
-
-def _coco(config: Any) -> Data:
-    train_transform = object_transforms.training(
-        config.size, config.num_objects, config.mask_size, tuple(config.jitter), config.order
-    )
-    counts = config.expected_train, config.expected_test
-    train, test = _coco_sources(config, *counts, masks=config.mask_size > 0, cache=config.cache)
-    return Data(train, test, train_transform, object_transforms.evaluation(config.size))
-
-
-def _coco_masks(config: Any) -> Data:
-    sources = _coco_sources(config)
-    train, test = (
-        coco.MaskSource(source, size=config.mask_size, cache=config.cache, expected_count=count)
-        for source, count in zip(sources, (config.expected_train, config.expected_test), strict=True)
-    )
-    transform = functools.partial(object_transforms.instance, config.mask_size)
-    return Data(train, test, transform(train=True), transform(train=False))
-
-
-def _coco_sources(
-    config: Any, expected_train: int = 0, expected_test: int = 0, **options: Any
-) -> tuple[coco.CocoSource, coco.CocoSource]:
-    """The sources to train and to evaluate on, which must have the same categories."""
-    options["on_error"] = config.on_error
-    if folder := _prepared(config, "coco"):
-        source = functools.partial(prepared.PreparedCoco, folder, **options)
-        places = ("train",), ("test",)
-    else:
-        _render(config, format="coco")
-        root, source = Path(config.root), functools.partial(coco.CocoSource, **options)
-        places = (
-            (root / config.train_images, root / config.train_annotations),
-            (root / config.test_images, root / config.test_annotations),
-        )
-    trained = source(*places[0], with_objects=True, expected_count=expected_train)
-    tested = source(*places[1], expected_count=expected_test)
-    if (trained.category_ids, trained.categories) != (tested.category_ids, tested.categories):
-        raise nyu.DataError(
-            f"{trained.path} lists {len(trained.categories)} categories and {tested.path} {len(tested.categories)}, "
-            "not the same ones; class numbers would differ: give both the same list"
-        )
-    return trained, tested
-
-
-def _prepared(config: Any, kind: str) -> Path | None:
-    """The folder of prepared data, where root has some."""
-    folder = prepared.find(config.root, kind)
-    for key in ("train_list", "test_list", "render") if folder else ():
-        if config.get(key):
-            raise ValueError(
-                f"data.{key} has no effect on the prepared data in {folder}; choose in preparing, or "
-                "set data.root to the raw folder"
-            )
-    return folder
-
-
-def _render(config: Any, **defaults: Any) -> None:
-    """Makes the built-in scenes, where asked for."""
-    if config.render:
-        from aitok_jax.data import scenes
-
-        scenes.ensure(config.root, **{"workers": os.cpu_count() or 1, **defaults, **config.render})
-
-
 def _batches(counts, place, source, transform, seed, local, *, replace_broken) -> Iterator[Batch]:
     """Turns a dataset of counts into batches; `place(count)` gives (position, index into the source, real)."""
     tf = _tensorflow()
@@ -298,31 +154,28 @@ def _host_reading(source, transform, seed, failures):
 
 
 def _tensorflow_reading(source, transform, seed, failures):
-    """The same where the transform consists of TensorFlow ops on depth, and on an image where the source has one."""
+    """The same where the transform consists of TensorFlow ops on a map, and on an image where the source has one."""
     tf = _tensorflow()
-    images = getattr(source, "images", True)
+    images, modality = getattr(source, "images", True), transform.modality
     kinds = [tf.int32, tf.float32, tf.uint8] if images else [tf.int32, tf.float32]
-    check = getattr(transform, "check", None)
-    keeps_size = not getattr(transform, "size", 0)
     first = {}
 
     def arrays(example, name, position):
-        height, width = example["depth"].shape
-        if check is not None:
-            check(height, width, name)
-        if keeps_size and first.setdefault("size", (height, width, name))[:2] != (height, width):
-            raise nyu.DataError(
+        height, width = example[modality.name].shape[:2]
+        transform.check(height, width, name)
+        if not transform.size and first.setdefault("size", (height, width, name))[:2] != (height, width):
+            raise DataError(
                 f"{name} is {height}x{width} but {first['size'][2]} is {first['size'][0]}x{first['size'][1]}; "
                 "examples read at full size must all have one size: resize the files"
             )
-        return [example["depth"], example["image"]] if images else [example["depth"]]
+        return [example[modality.name], *([example["image"]] if images else [])]
 
     read = _reader(source, arrays, failures)
 
     def example_at(position, index):
-        used, depth, *image = tf.numpy_function(read, [position, index], kinds)
-        depth.set_shape([None, None])
-        example = {"depth": depth}
+        used, map_, *image = tf.numpy_function(read, [position, index], kinds)
+        map_.set_shape([None, None, *modality.map_axes])
+        example = {modality.name: map_}
         if images:
             image[0].set_shape([None, None, 3])
             example["image"] = image[0]

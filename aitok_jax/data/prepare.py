@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from aitok_jax.data.sources import coco, nyu
+from aitok_jax.data.sources.files import DataError, digest
+from aitok_jax.tasks.modalities.depth import Depth
 
 COCO_COUNTS = 118287, 5000  # images of train2017 and val2017
 _UNFINISHED = "unfinished"
@@ -28,7 +30,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def prepare_nyu(args: argparse.Namespace) -> None:
-    source = functools.partial(nyu.NyuSource, args.root, on_error="skip")
+    source = functools.partial(nyu.NyuSource, Depth(), args.root, on_error="skip")
     train = source(args.train_list, subfolder=args.train_folder, expected_count=args.train_count)
     test = source(args.test_list, subfolder=args.test_folder, expected_count=args.test_count)
     _write_pairs(args, train, test)
@@ -48,7 +50,7 @@ def prepare_scenes(args: argparse.Namespace) -> None:
     root = Path(args.out) / _UNFINISHED / "scenes"
     options = ("train", "test", "height", "width", "seed", "workers")
     scenes.ensure(root, **{name: getattr(args, name) for name in options})
-    _write_pairs(args, nyu.NyuSource(root), nyu.NyuSource(root, subfolder="official_splits/test"))
+    _write_pairs(args, nyu.NyuSource(Depth(), root), nyu.NyuSource(Depth(), root, subfolder="official_splits/test"))
     _write_objects(
         args, *(coco.CocoSource(root, root / f"annotations/instances_{split}.json") for split in ("train", "test"))
     )
@@ -67,7 +69,7 @@ def prepare_folder(args: argparse.Namespace) -> None:
     source = coco.CocoSource(args.images, args.annotations, on_error="skip") if args.annotations else None
 
     def tested(name):
-        return int(nyu.digest(name.encode())[:8], 16) < args.test_share * 2**32
+        return int(digest(name.encode())[:8], 16) < args.test_share * 2**32
 
     if args.depth:
         images, depth = Path(args.images).absolute(), Path(args.depth).absolute()
@@ -121,7 +123,7 @@ def _write_objects(
     from aitok_jax.data.preparation.instances import CocoInstances
 
     if (train.category_ids, train.categories) != (test.category_ids, test.categories):
-        raise nyu.DataError(f"{train.path} and {test.path} list other categories; give both the same list")
+        raise DataError(f"{train.path} and {test.path} list other categories; give both the same list")
     lines = {"train": _object_lines(train), "test": _object_lines(test)}
     if tested:
         lines = {

@@ -1,7 +1,7 @@
-"""Built-in scenes: furnished rooms with exact depth, sensor-like depth and instance masks, rendered on the CPU.
+"""Built-in scenes as files: furnished rooms with depth, surface normals and instance masks, rendered on the CPU.
 
 They stand in for NYUv2 and COCO where no data is at hand: `python -m aitok_jax.data.scenes OUT` writes them in the
-published NYUv2 layout (AIT.md, section 8) and as COCO annotations, so that the readers for real data read them too.
+layout of NYUv2 and as COCO annotations, so that the readers for real data read them too.
 
     python -m aitok_jax.data.scenes OUT --train=6000 --test=400 --height=480 --width=640 --seed=0 --workers=2
 """
@@ -21,121 +21,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from aitok_jax.scenes.furniture import CLASSES
-from aitok_jax.scenes.raycast import Frame, trace
-from aitok_jax.scenes.rooms import MAX_ASPECT, sample_room
+from aitok_jax.scenes.render import Scene, check_size, render
 
 FORMATS = ("nyu", "coco", "both")
 VERSION = 1  # of the look of the scenes: raise it when the same seed gives other pixels
 _RECORD, _UNFINISHED = "scenes.json", "scenes.unfinished.json"
 _FRAMES_PER_FOLDER = 100
 _SEEDS_PER_SPLIT = 10_000_000
-_HOLES = (0.06, 0.23)  # share of pixels without sensor depth
-
-
-class Scene(NamedTuple):
-    """One rendered room; N visible objects."""
-
-    image: np.ndarray  # uint8[H,W,3], RGB
-    depth: np.ndarray  # f32[H,W]: exact distance along the optical axis in metres, 0.5 to 10
-    sensor_depth: np.ndarray  # f32[H,W]: the same with 5-25 % of the pixels 0, as a depth sensor loses them
-    masks: np.ndarray  # bool[N,H,W]: visible pixels, disjoint
-    boxes: np.ndarray  # f32[N,4]: x0 y0 x1 y1 around the mask; x1 and y1 are the outer edges of the last pixels
-    classes: np.ndarray  # int32[N]: index into CLASSES
-
-
-def render(seed: int, height: int, width: int) -> Scene:
-    """Renders the room of a seed.
-
-    A pure function of its arguments; the same seed shows the same room at every size. The vertical field of view is
-    fixed (60 degrees across at 4:3). An object counts as visible from max(4, 0.02 % of the image) pixels on.
-
-    Args:
-        seed: 0 or more.
-        height, width: pixels; at least 16, and at most twice as wide as high.
-
-    Raises:
-        ValueError: a size or a seed outside these ranges.
-    """
-    _check_size(height, width)
-    if seed < 0:
-        raise ValueError(f"seed={seed} must be 0 or more")
-    world, classes = sample_room(np.random.default_rng(seed))
-    frame = trace(world, height, width)
-    # Camera noise takes a draw a pixel: with generators of their own, room and holes are the same at every size.
-    image = _develop(np.random.default_rng((seed, 1)), frame.light)
-    holes = _holes(np.random.default_rng((seed, 2)), frame, image)
-    sensor_depth = np.where(holes, np.float32(0), frame.depth)
-    masks, boxes, visible = _instances(frame.objects, len(classes))
-    return Scene(image, frame.depth, sensor_depth, masks, boxes, classes[visible])
-
-
-def _check_size(height: int, width: int) -> None:
-    if min(height, width) < 16 or width > MAX_ASPECT * height:
-        raise ValueError(
-            f"height={height}, width={width}: both must be at least 16 and width at most {MAX_ASPECT:g} x height "
-            "(a wider view would see things nearer than 0.5 m); choose e.g. 480 and 640"
-        )
-
-
-def _develop(rng: np.random.Generator, light: np.ndarray) -> np.ndarray:
-    """uint8[H,W,3] as a camera gives it: exposure, soft highlights, gamma 2, a slight blur and noise."""
-    exposure = rng.uniform(0.3, 0.8) / np.maximum(light.mean(), 1e-3)
-    noise = np.float32(rng.uniform(0.004, 0.012))
-    x = np.sqrt(1 - np.exp(light * -np.float32(exposure)))
-    side = np.float32(0.12)
-    x[1:-1] += side * (x[2:] + x[:-2] - 2 * x[1:-1])
-    x[:, 1:-1] += side * (x[:, 2:] + x[:, :-2] - 2 * x[:, 1:-1])
-    x += noise * rng.standard_normal((*light.shape[:2], 1), np.float32)
-    return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def _holes(rng: np.random.Generator, frame: Frame, image: np.ndarray) -> np.ndarray:
-    """bool[H,W]: pixels a depth sensor loses, most likely at occlusion edges, on dark or shiny surfaces, and in blobs.
-
-    The pixels are ranked and a share drawn beforehand is cut off, so that the share is met whatever is in view.
-    """
-    height, width = frame.depth.shape
-    share = rng.uniform(*_HOLES)
-    score = _blobs(rng, height, width)
-    score += 1.5 * (frame.shine > 0)
-    score += np.clip(1.5 - image.max(-1) / np.float32(40), 0, 1.5)
-    thin, wide = max(round(height / 240), 1), max(round(height / 60), 1)  # the shadow of the projector is on one side
-    shifts = ((0, thin), (0, -wide), (thin, 0), (-thin, 0))
-    score += 4 * np.any([_behind(frame.depth, *shift) for shift in shifts], axis=0)
-    lost = round(share * score.size)
-    ranked = np.argpartition(score.ravel(), score.size - lost)
-    holes = np.zeros(score.size, bool)
-    holes[ranked[score.size - lost :]] = True
-    return holes.reshape(height, width)
-
-
-def _blobs(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """f32[H,W]: a smooth random field of variance about 1, the same at every size."""
-    frequency, phase = rng.normal(0, 18, (2, 24)), rng.uniform(0, 2 * np.pi, (2, 24))
-    y, x = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5 - width / 2) / height
-    rows = np.cos(y[:, None] * frequency[0] + phase[0]).astype(np.float32)
-    columns = np.cos(x[:, None] * frequency[1] + phase[1]).astype(np.float32)
-    return np.einsum("yk,xk->yx", rows, columns) * np.float32(2 / np.sqrt(24))
-
-
-def _behind(depth: np.ndarray, down: int, right: int) -> np.ndarray:
-    """bool[H,W]: pixels that lie behind the pixel some rows down or columns right, by more than 3 cm and 4 %."""
-    height, width = depth.shape
-    y, x = np.clip(np.arange(height) + down, 0, height - 1), np.clip(np.arange(width) + right, 0, width - 1)
-    return depth > depth[y][:, x] * np.float32(1.04) + np.float32(0.03)
-
-
-def _instances(objects: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks bool[N,H,W], boxes f32[N,4] and object numbers int[N] of the visible ones of `count` objects."""
-    pixels = np.bincount(objects.ravel() + 1, minlength=count + 1)[1:]
-    visible = np.nonzero(pixels >= max(4, 0.0002 * objects.size))[0]
-    masks = objects[None] == visible[:, None, None]
-    boxes = np.zeros((len(visible), 4), np.float32)
-    for axis, used in ((0, masks.any(1)), (1, masks.any(2))):
-        if len(visible):
-            boxes[:, axis] = used.argmax(1)
-            boxes[:, axis + 2] = used.shape[1] - used[:, ::-1].argmax(1)
-    return masks, boxes, visible
 
 
 class _Job(NamedTuple):
@@ -167,9 +59,8 @@ def _write_scene(job: _Job) -> list[dict]:
     root = Path(job.root)
     Image.fromarray(scene.image).save(root / _name(job.split, job.index, "rgb", "jpg"), quality=95)
     if job.format != "coco":
-        for kind, depth in (("sync_depth", scene.sensor_depth), ("exact_depth", scene.depth)):
-            millimetres = np.round(depth * 1000).astype(np.uint16)
-            Image.fromarray(millimetres).save(root / _name(job.split, job.index, kind, "png"), compress_level=1)
+        for kind, picture in _maps(scene).items():
+            Image.fromarray(picture).save(root / _name(job.split, job.index, kind, "png"), compress_level=1)
     if job.format == "nyu":
         return []
     annotations = []
@@ -186,6 +77,13 @@ def _write_scene(job: _Job) -> list[dict]:
             }
         )
     return annotations
+
+
+def _maps(scene: Scene) -> dict[str, np.ndarray]:
+    """By the beginning of a file's name: depth in 16-bit millimetres, normals in the usual colours, see `Normals`."""
+    millimetres = [np.round(depth * 1000).astype(np.uint16) for depth in (scene.sensor_depth, scene.depth)]
+    colors = np.round((scene.normals + 1) * 127.5).astype(np.uint8)
+    return dict(zip(("sync_depth", "exact_depth", "normals"), (*millimetres, colors), strict=True))
 
 
 def _annotations_file(split: str, count: int, height: int, width: int, annotations: list[list[dict]]) -> dict:
@@ -215,8 +113,9 @@ def write(
     """Renders two splits of scenes into a folder; scenes that were there are replaced.
 
     Training frames are `scene_XXXX/rgb_NNNNN.jpg`, test frames `official_splits/test/room/rgb_NNNNN.jpg`. Format "nyu"
-    adds `sync_depth_NNNNN.png` (sensor) and `exact_depth_NNNNN.png`, both 16-bit millimetres, and lists `train.txt` and
-    `test.txt` (`/folder/rgb_N.jpg /folder/sync_depth_N.png`, relative to the root); "coco" adds
+    adds `sync_depth_NNNNN.png` (sensor) and `exact_depth_NNNNN.png`, both 16-bit millimetres, `normals_NNNNN.png` in
+    the usual colours, and lists `train.txt` and `test.txt` (`/folder/rgb_N.jpg /folder/sync_depth_N.png`, relative to
+    the root); "coco" adds
     `annotations/instances_{train,test}.json`; "both" all of it. `scenes.json` with the settings is written last.
 
     Args:
@@ -274,7 +173,7 @@ def ensure(root: str | os.PathLike, *, seed: int = 0, workers: int = 2, format: 
 
 def _settings(*, train: int, test: int, height: int, width: int, seed: int, format: str) -> dict:
     """The options as they are recorded, after a check."""
-    _check_size(height, width)
+    check_size(height, width)
     for name, count in (("train", train), ("test", test)):
         if not 0 <= count <= _SEEDS_PER_SPLIT:
             raise ValueError(f"{name}={count} must be between 0 and {_SEEDS_PER_SPLIT}")

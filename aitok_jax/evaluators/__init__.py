@@ -1,4 +1,4 @@
-"""Evaluation of a task on a whole data set: flat names to numbers."""
+"""Evaluation of a part on a whole data set: flat names to numbers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from typing import Any
 
 from aitok_jax.evaluators import maps, objects, reconstruction
 
-EVALUATORS = {"depth": maps.evaluate, "objects": objects.evaluate, "masks": reconstruction.evaluate}
+EVALUATORS = {"maps": maps.evaluate, "objects": objects.evaluate, "masks": reconstruction.evaluate}
 
 
-def evaluate(task: Any, *args: Any, baseline: bool = False, **options: Any) -> dict[str, float]:
-    """Evaluates with the evaluator of the task's kind, which see; only depth has a baseline."""
-    if task.evaluator == "depth":
-        options["baseline"] = baseline
-    return EVALUATORS[task.evaluator](task, *args, **options)
+def evaluate(part: Any, *args: Any, **options: Any) -> dict[str, float]:
+    """Evaluates with the evaluator of the part's kind, which see."""
+    return EVALUATORS[part.kind](part, *args, **options)

@@ -18,6 +18,9 @@ KINDS = {"box": "bbox", "mask": "segm", "boundary": "boundary"}
 AREA_RANGES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 """Square pixels of an object's annotated area, as COCO has them."""
 
+LIMITS = (1, 10, 100)
+"""Best detections of an image and category that count for recall; the last holds for everything else."""
+
 DILATION_RATIO = 0.02
 """Width of a mask's boundary as a share of the image's diagonal (Cheng et al., Boundary IoU, CVPR 2021)."""
 
@@ -35,12 +38,12 @@ class Curves:
     precision: np.ndarray
     recall: np.ndarray
 
-    def summary(self, ranges: Sequence[str], limits: Sequence[int]) -> dict[str, float]:
-        """The 12 numbers that COCO reports (for its 3 area ranges and 3 limits), -1 where there is no ground truth."""
+    def summary(self, ranges: Sequence[str]) -> dict[str, float]:
+        """The 12 numbers that COCO reports (for its 3 area ranges), -1 where there is no ground truth."""
         precision, recall = self.precision, self.recall
         numbers = {"ap": precision[..., 0, -1], "ap50": precision[0, ..., 0, -1], "ap75": precision[5, ..., 0, -1]}
         numbers |= {f"ap_{name}": precision[..., a + 1, -1] for a, name in enumerate(ranges)}
-        numbers |= {f"ar{limit}": recall[..., 0, m] for m, limit in enumerate(limits)}
+        numbers |= {f"ar{limit}": recall[..., 0, m] for m, limit in enumerate(LIMITS)}
         numbers |= {f"ar_{name}": recall[..., a + 1, -1] for a, name in enumerate(ranges)}
         return {name: _mean(values) for name, values in numbers.items()}
 
@@ -58,12 +61,8 @@ class CocoScorer:
         image_ids: the images to measure on, each of which must get its results; None takes all. Results of others are
             checked and left out.
         area_ranges: name -> (low, high) in square pixels, both included.
-        max_detections: limits on the best detections of an image and category for recall, rising; the last holds for
-            everything else.
-        faster: measure with faster-coco-eval (`pip install faster-coco-eval`) in place of pycocotools: the same
-            numbers, in less time where there are many images.
     Raises:
-        ValueError: `image_ids` that are not in the ground truth; `faster` without that package.
+        ValueError: `image_ids` that are not in the ground truth.
     """
 
     def __init__(
@@ -72,8 +71,6 @@ class CocoScorer:
         image_ids: Sequence[int] | None = None,
         *,
         area_ranges: Mapping[str, tuple[float, float]] = AREA_RANGES,
-        max_detections: Sequence[int] = (1, 10, 100),
-        faster: bool = False,
     ):
         self._coco = coco
         self._ids = sorted(coco.imgs if image_ids is None else set(image_ids))
@@ -81,11 +78,8 @@ class CocoScorer:
             raise ValueError(
                 f"no image of the ground truth has the id {_list(unknown)}; it has {len(coco.imgs)} images"
             )
-        if faster:
-            _import_faster()
         self._results: dict[int, list[dict[str, Any]]] = {}
-        self._area_ranges, self._limits = dict(area_ranges), tuple(max_detections)
-        self._faster = faster
+        self._area_ranges = dict(area_ranges)
         self._curves: dict[str, Curves] = {}
 
     @classmethod
@@ -142,16 +136,9 @@ class CocoScorer:
         """
         numbers = {}
         for kind in kinds:
-            summary = self.curves(kind).summary(tuple(self._area_ranges), self._limits)
+            summary = self.curves(kind).summary(tuple(self._area_ranges))
             numbers |= {f"{kind}_{name}": value for name, value in summary.items()}
         return numbers
-
-    def per_category(self, kind: str) -> dict[int, tuple[float, float]]:
-        """Category id -> (AP, AR with the last limit), -1 where a category has no ground truth."""
-        curves = self.curves(kind)
-        precision, recall = curves.precision[..., 0, -1], curves.recall[..., 0, -1]
-        categories = enumerate(sorted(self._coco.cats))
-        return {category: (_mean(precision[:, :, k]), _mean(recall[:, k])) for k, category in categories}
 
     def curves(self, kind: str) -> Curves:
         """Precision and recall before averaging; raises as `result`."""
@@ -163,9 +150,9 @@ class CocoScorer:
                 "an image where nothing was found, or leave them out (leave_out_missing)"
             )
         if kind not in self._curves:
-            measure = _measure_faster if self._faster else _measure
             truth, results = self._truth(kind), self._detections(kind)
-            self._curves[kind] = measure(kind, self._coco, self._ids, truth, results, self._area_ranges, self._limits)
+            evaluation = _Evaluation(kind, truth, results)
+            self._curves[kind] = _run(evaluation, self._coco, self._ids, self._area_ranges)
         return self._curves[kind]
 
     def _check(self, image_id, result) -> None:
@@ -286,36 +273,15 @@ class _Evaluation(COCOeval):
         return self._boundaries[key]
 
 
-def _measure(kind, coco, ids, truth, detections, area_ranges, limits) -> Curves:
-    evaluation = _Evaluation(kind, truth, detections)
-    return _run(evaluation, coco, ids, area_ranges, limits)
-
-
-def _measure_faster(kind, coco, ids, truth, detections, area_ranges, limits) -> Curves:
-    faster = _import_faster()
-    tables = {"images": [coco.imgs[i] for i in ids], "categories": list(coco.cats.values())}
-    truth = faster.COCO({**tables, "annotations": truth})
-    found = faster.COCO({**tables, "annotations": detections})
-    return _run(faster.COCOeval_faster(truth, found, KINDS[kind]), coco, ids, area_ranges, limits)
-
-
-def _run(evaluation, coco, ids, area_ranges, limits) -> Curves:
+def _run(evaluation, coco, ids, area_ranges) -> Curves:
     parameters = evaluation.params
-    parameters.imgIds, parameters.catIds, parameters.maxDets = list(ids), sorted(coco.cats), list(limits)
+    parameters.imgIds, parameters.catIds, parameters.maxDets = list(ids), sorted(coco.cats), list(LIMITS)
     parameters.areaRng = [[0, 1e10], *(list(ends) for ends in area_ranges.values())]
     parameters.areaRngLbl = ["all", *area_ranges]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
     return Curves(*(np.asarray(evaluation.eval[name]) for name in ("precision", "recall")))
-
-
-def _import_faster():
-    try:
-        import faster_coco_eval
-    except ImportError:
-        raise ValueError("faster=True needs faster-coco-eval: pip install faster-coco-eval, or faster=False") from None
-    return faster_coco_eval
 
 
 def _mean(values: np.ndarray) -> float:

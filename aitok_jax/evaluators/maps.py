@@ -1,4 +1,4 @@
-"""Depth evaluation: metrics per image, averaged over the data set (AIT.md section 8)."""
+"""Evaluation of dense maps: a modality's metrics per image, averaged over the data set."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aitok_jax import visualize
-from aitok_jax.data.sources import nyu
-from aitok_jax.evaluators import metrics
+from aitok_jax.data.sources.files import READ_ERRORS, DataError, size_text
 from aitok_jax.evaluators.batches import Mean, run_evaluation, to_host
+from aitok_jax.evaluators.metrics import confidence_spearman, inside
+from aitok_jax.image import save_png
 from aitok_jax.tasks.base import compiled_predict
+from aitok_jax.tasks.modalities import Modality
 
 
 def evaluate(
-    task: Any,
+    part: Any,
     params: Any,
     model_state: Any,
     data: Any,
@@ -32,100 +34,121 @@ def evaluate(
     panels: int = 8,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Evaluates a depth predictor on `data.eval`.
+    """Evaluates a predictor of maps on `data.eval`.
 
-    Each of `metrics.DEPTH_METRICS` is computed per image, over the pixels with 1e-3 < depth < `task.max_depth` inside
-    `task.eval_crop`, and averaged over the images. The result is the same for any batch size, mesh and number of hosts.
+    Each of the modality's metrics is computed per image, over the pixels that it measures inside `part.eval_crop`, and
+    averaged over the images. The result is the same for any batch size, mesh and number of hosts.
 
     Args:
-        task: has `predict`, whose maps are `depth` f32[B,H,W] in metres and, optionally, `confidence` f32[B,H,W];
-            `eval_crop` (rows and columns as in `metrics.EIGEN_CROP`, or None) and `max_depth` in metres.
-        params, model_state: what `task.predict` takes.
+        part: has `modality`, `eval_crop` (rows and columns as in `metrics.inside`) and `predict`, which gives the map
+            under the modality's name and, optionally, `confidence` f32[B,H,W].
+        params, model_state: what `part.predict` takes.
         data: has `eval` and `eval_transform` for `pipeline.eval_batches`; for the baseline also `train`.
         batch_size: images a step, over all hosts.
         prefix: first part of the metrics' names.
         mesh: spreads the batches over its devices; None runs where `params` lie.
-        baseline: also measure, as `baseline/...`, the prediction that sees no image: the mean depth map of
-            `data.train` (resized where the evaluation maps have another size). Left out where `data.train` is None.
+        baseline: also measure, as `baseline/...`, the prediction that sees no image: the mean map of `data.train`
+            (resized where the evaluation maps have another size). Left out where `data.train` is None.
         panels_dir: folder for pictures of the first `panels` images, NAME.png with '/' in names replaced by '_'.
         progress: show a progress bar.
     Returns:
-        `prefix/rmse` and so on; `prefix/confidence_spearman` (`metrics.confidence_spearman`, averaged) where there is
-        a confidence; `prefix/images_without_depth`, the number of images left out because they have no valid pixel,
-        where there are any.
+        `prefix/METRIC`; `prefix/confidence_spearman` (averaged) where there is a confidence;
+        `prefix/images_without_NAME`, the number of images left out because they have no valid pixel, where there are
+        any.
     Raises:
         ValueError: the crop does not fit the images, or no image has a valid pixel.
     """
-    predict = compiled_predict(task)
-    baseline_HW = nyu.mean_depth_map(data.train) if baseline and data.train is not None else None
+    predict, modality = compiled_predict(part), part.modality
+    constant = mean_map(data.train, modality) if baseline and data.train is not None else None
 
     def step(batch):
         outputs = predict(params, model_state, batch)
-        _check_crop(task.eval_crop, batch["depth"].shape[1:])
-        return outputs, _measure(outputs, batch, baseline_HW, crop=task.eval_crop, max_depth=task.max_depth)
+        return outputs, _measure(outputs, batch, constant, modality=modality, crop=part.eval_crop)
 
     means: dict[str, Mean] = {}
-    seen, without_depth = 0, 0
+    seen, without = 0, 0
     steps = run_evaluation(step, data, batch_size=batch_size, mesh=mesh, label=prefix, progress=progress)
     for batch, (outputs, rows) in steps:
         rows = to_host(rows)
         real = rows["mask"] > 0
-        for part, columns in rows["metrics"].items():
-            means.setdefault(part, Mean()).add(columns, real & rows["has_depth"])
+        for kind, columns in rows["metrics"].items():
+            means.setdefault(kind, Mean()).add(columns, real & rows["annotated"])
         if panels_dir is not None and seen < panels:
-            _write_panels(to_host((batch, outputs)), data.eval.names, Path(panels_dir), panels)
+            _write_panels(to_host((batch, outputs)), modality, data.eval.names, Path(panels_dir), panels)
         seen += int(real.sum())
-        without_depth += int((real & ~rows["has_depth"]).sum())
-    if without_depth == seen:
+        without += int((real & ~rows["annotated"]).sum())
+    if without == seen:
         raise ValueError(
-            f"none of the {seen} evaluation images has a pixel with 0.001 < depth < {task.max_depth} m inside "
-            f"eval_crop={task.eval_crop}; check that the depth maps are in metres, and the crop"
+            f"none of the {seen} evaluation images has a pixel to measure {modality} on inside eval_crop="
+            f"{part.eval_crop}; check the unit of the maps, and the crop"
         )
     result = means["model"].result(prefix)
     if "baseline" in means:
         result |= means["baseline"].result("baseline")
-    if without_depth:
-        result[f"{prefix}/images_without_depth"] = float(without_depth)
+    if without:
+        result[f"{prefix}/images_without_{modality.name}"] = float(without)
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("crop", "max_depth"))
-def _measure(outputs, batch, baseline_HW, *, crop, max_depth):
-    """Columns of per-image numbers [B], with `mask` and `has_depth` to select rows by."""
-    depth = batch["depth"]
-    options = {"crop": crop, "max_depth": max_depth}
-    columns = {"model": metrics.depth_metrics(outputs["depth"], depth, **options)}
+@functools.partial(jax.jit, static_argnames=("modality", "crop"))
+def _measure(outputs, batch, constant, *, modality, crop):
+    """Columns of per-image numbers [B], with `mask` and `annotated` to select rows by."""
+    truth, prediction = batch[modality.name], outputs[modality.name]
+    height, width = truth.shape[1:3]
+    valid_BHW = modality.measured(truth) & inside(crop, height, width)[None]
+    columns = {"model": modality.metrics(prediction, truth, valid_BHW)}
     if "confidence" in outputs:
-        quality = metrics.confidence_spearman(outputs["confidence"], outputs["depth"], depth, **options)
-        columns["model"]["confidence_spearman"] = quality
-    if baseline_HW is not None:
-        constant = jax.image.resize(baseline_HW, depth.shape[1:], "linear")
-        constant = jnp.broadcast_to(constant[None], depth.shape)
-        columns["baseline"] = metrics.depth_metrics(constant, depth, **options)
-    has_depth = metrics.valid_pixels(depth, **options).any(axis=(1, 2))
-    return {"metrics": columns, "mask": batch["mask"], "has_depth": has_depth}
+        error_BHW = modality.error(prediction, truth)
+        columns["model"]["confidence_spearman"] = confidence_spearman(outputs["confidence"], error_BHW, valid_BHW)
+    if constant is not None:
+        raw = jax.image.resize(constant, (1, height, width, constant.shape[-1]), "linear")
+        map_ = jnp.broadcast_to(modality.finish(raw), truth.shape)
+        columns["baseline"] = modality.metrics(map_, truth, valid_BHW)
+    return {"metrics": columns, "mask": batch["mask"], "annotated": valid_BHW.any(axis=(1, 2))}
 
 
-def _check_crop(crop, shape):
-    if crop is None:
-        return
-    top, bottom, left, right = crop
-    if not (0 <= top < bottom <= shape[0] and 0 <= left < right <= shape[1]):
-        raise ValueError(
-            f"eval_crop={tuple(crop)} does not fit evaluation images of {shape[0]}x{shape[1]}; "
-            "give (first row, row end, first column, column end) inside them, or None to measure everywhere"
-        )
+def mean_map(source: Any, modality: Modality) -> np.ndarray:
+    """f32[1,H,W,channels]: at each pixel the mean of what is annotated, as the VQ-VAE sees it.
+
+    Pixels that no example annotates get the mean of all annotated values.
+
+    Args:
+        source: whose maps have one size; broken examples are left out under on_error='skip'.
+    """
+    total = count = np.float64(0)
+    for index in range(len(source)):
+        try:
+            map_ = source.read(index)[modality.name][None]
+        except READ_ERRORS:
+            if getattr(source, "on_error", "raise") == "raise":
+                raise
+            continue
+        values, valid = np.asarray(modality.encode(map_), np.float64), np.asarray(modality.valid(map_))[..., None]
+        if np.ndim(total) and values.shape != total.shape:
+            raise DataError(
+                f"{source.names[index]} is {size_text(map_[0])} but the maps before it are {size_text(total[0])}; "
+                "a mean map needs maps of one size"
+            )
+        total, count = total + np.where(valid, values, 0.0), count + valid
+    if not np.any(count):
+        raise DataError(f"no annotated pixel in any map of {modality.name}; a mean map needs some")
+    overall = total.sum((0, 1, 2)) / count.sum()
+    return np.where(count > 0, total / np.maximum(count, 1), overall).astype(np.float32)
 
 
-def _write_panels(arrays, names, folder: Path, panels: int) -> None:
+def _write_panels(arrays, modality: Modality, names, folder: Path, panels: int) -> None:
     """Writes the pictures of those rows that are among the first `panels` examples (on the first host)."""
     if jax.process_index() != 0:
         return
     batch, outputs = arrays
     for row in np.flatnonzero((batch["mask"] > 0) & (batch["id"] < panels)):
         name = names[int(batch["id"][row])]
-        confidence = outputs["confidence"][row] if "confidence" in outputs else None
-        picture = visualize.depth_panel(
-            batch["image"][row], outputs["depth"][row], truth=batch["depth"][row], confidence=confidence, title=name
+        picture = visualize.map_panel(
+            modality,
+            batch["image"][row],
+            outputs[modality.name][row],
+            truth=batch[modality.name][row],
+            confidence=outputs["confidence"][row] if "confidence" in outputs else None,
+            title=name,
         )
-        visualize.save_png(folder / visualize.png_name(name), picture)
+        save_png(folder / visualize.png_name(name), picture)

@@ -1,4 +1,4 @@
-"""Evaluation of objects: box, mask and boundary AP with pycocotools (AIT.md section 8)."""
+"""Evaluation of objects: box, mask and boundary AP with pycocotools."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from aitok_jax import visualize
 from aitok_jax.evaluators.average_precision import KINDS, CocoScorer
 from aitok_jax.evaluators.batches import run_evaluation, to_host
+from aitok_jax.image import save_png
 from aitok_jax.tasks import paste
 from aitok_jax.tasks.base import compiled_predict
 
@@ -20,7 +21,7 @@ PANEL_SCORE = 0.3
 
 
 def evaluate(
-    task: Any,
+    part: Any,
     params: Any,
     model_state: Any,
     data: Any,
@@ -28,7 +29,7 @@ def evaluate(
     batch_size: int,
     prefix: str,
     mesh: Mesh | None = None,
-    faster: bool = False,
+    baseline: bool = False,
     panels_dir: str | Path | None = None,
     panels: int = 8,
     progress: bool = True,
@@ -39,16 +40,16 @@ def evaluate(
     kept as RLE. The result is the same for any batch size, mesh and number of hosts (each host measures everything).
 
     Args:
-        task: has `predict`, whose outputs are `boxes` f32[B,N,4] x1 y1 x2 y2 in pixels of the input, `classes`
+        part: has `predict`, whose outputs are `boxes` f32[B,N,4] x1 y1 x2 y2 in pixels of the input, `classes`
             int32[B,N], `scores` f32[B,N], `valid` bool[B,N] and, for instances, `masks` f32[B,N,S,S].
-        params, model_state: what `task.predict` takes.
+        params, model_state: what `part.predict` takes.
         data: has `eval` and `eval_transform` for `pipeline.eval_batches`, whose batches hold `id`, `mask`, `scale`
             f32[B,2] and `original_size` int32[B,2]. `data.eval` has `coco` (pycocotools), `ids` (COCO's image id of
             each example), `category_ids` and `categories` (names) of each class, and for the pictures `names`, `read`.
         batch_size: images a step, over all hosts.
         prefix: first part of the metrics' names.
         mesh: spreads the batches over its devices; None runs where `params` lie.
-        faster: measure with faster-coco-eval, as in `CocoScorer`.
+        baseline: there is none without an image; ignored.
         panels_dir: folder for pictures of the first `panels` images, NAME.png with '/' in names replaced by '_'.
         progress: show a progress bar.
     Returns:
@@ -58,8 +59,8 @@ def evaluate(
     Raises:
         ValueError: as `CocoScorer.add`.
     """
-    source, predict = data.eval, compiled_predict(task)
-    scorer = CocoScorer(source.coco, source.ids, faster=faster)
+    source, predict = data.eval, compiled_predict(part)
+    scorer = CocoScorer(source.coco, source.ids)
     steps = run_evaluation(
         lambda batch: predict(params, model_state, batch),
         data,
@@ -104,4 +105,4 @@ def _write_panel(results, source, index: int, folder: Path, with_masks: bool) ->
         truth={part: example[part] for part in parts},
         title=name,
     )
-    visualize.save_png(folder / visualize.png_name(name), picture)
+    save_png(folder / visualize.png_name(name), picture)

@@ -1,4 +1,4 @@
-"""Evaluation of a mask tokenizer: every ground-truth mask to tokens and back, measured as AP (AIT.md section 8)."""
+"""Evaluation of a mask tokenizer: every ground-truth mask to tokens and back, measured as AP."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 from aitok_jax import visualize
 from aitok_jax.evaluators.average_precision import CocoScorer
 from aitok_jax.evaluators.batches import run_evaluation, to_host
+from aitok_jax.image import save_png
 from aitok_jax.tasks import paste
 from aitok_jax.tasks.base import compiled_predict
 
@@ -20,7 +21,7 @@ CANVAS_GREY = 128
 
 
 def evaluate(
-    task: Any,
+    part: Any,
     params: Any,
     model_state: Any,
     data: Any,
@@ -28,6 +29,7 @@ def evaluate(
     batch_size: int,
     prefix: str,
     mesh: Mesh | None = None,
+    baseline: bool = False,
     panels_dir: str | Path | None = None,
     panels: int = 8,
     progress: bool = True,
@@ -39,21 +41,22 @@ def evaluate(
     miss. The result is the same for any batch size, mesh and number of hosts.
 
     Args:
-        task: has `predict`, whose output `instance` f32[B,S,S] in 0..1 is the crop after tokenizing and detokenizing.
-        params, model_state: what `task.predict` takes.
+        part: has `predict`, whose output `instance` f32[B,S,S] in 0..1 is the crop after tokenizing and detokenizing.
+        params, model_state: what `part.predict` takes.
         data: has `eval` and `eval_transform` for `pipeline.eval_batches`, whose batches hold `id` and `mask`.
             `data.eval` has `source.coco` (pycocotools) and, for each example, `annotations` (COCO's entries) and
             `boxes` [n,4] (x1 y1 x2 y2: the box, in pixels of the image, that the crop was cut at).
         batch_size: masks a step, over all hosts.
         prefix: first part of the metrics' names.
         mesh: spreads the batches over its devices; None runs where `params` lie.
+        baseline: there is none without an image; ignored.
         panels_dir: folder for pictures of the masks of the first `panels` images that have any, NAME.png.
         progress: show a progress bar.
     Returns:
         `prefix/mask_ap`, `prefix/boundary_ap` and the others of `CocoScorer.result`, and `prefix/mask_iou`, the mean
         over the examples of the IoU of a mask with its reconstruction.
     """
-    source, predict = data.eval, compiled_predict(task)
+    source, predict = data.eval, compiled_predict(part)
     coco = source.source.coco
     results = {image_id: [] for image_id in sorted(coco.imgs)}
     overlaps = []
@@ -120,4 +123,4 @@ def _write_panels(coco, results, folder: Path, panels: int) -> None:
             truth=paste.from_results(truth, category_ids),
             title=image["file_name"],
         )
-        visualize.save_png(folder / visualize.png_name(image["file_name"]), picture)
+        save_png(folder / visualize.png_name(image["file_name"]), picture)

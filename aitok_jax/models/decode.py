@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from aitok_jax.models.transformer import Cache, KeyValue, TokenTransformer
-from aitok_jax.tasks.vocabulary import Window
 
 
 @flax.struct.dataclass
@@ -21,27 +20,9 @@ class Decoded:
     logits: jax.Array
 
 
-def nucleus(probabilities: jax.Array, top_p: float) -> jax.Array:
-    """Keeps the most probable entries until their sum exceeds `top_p` (that one included), renormalised.
-
-    top_p 0 keeps the most probable entry alone, 1 keeps all.
-    """
-    if top_p == 1:
-        return probabilities
-    order = jnp.argsort(-probabilities)
-    ranked = jnp.take_along_axis(probabilities, order, -1)
-    keep_ranked = jnp.cumsum(ranked, -1) - ranked <= top_p
-    keep = jnp.take_along_axis(keep_ranked, jnp.argsort(order), -1)
-    kept = jnp.where(keep, probabilities, 0.0)
-    return kept / jnp.sum(kept, -1, keepdims=True)
-
-
-def choose(logits_BK: jax.Array, top_p: float, rng: jax.Array | None) -> jax.Array:
-    """Next tokens int32[B]: the most probable where top_p is 0, else a sample of the nucleus."""
-    if top_p == 0:
-        return jnp.argmax(logits_BK, -1).astype(jnp.int32)
-    kept_BK = nucleus(jax.nn.softmax(logits_BK), top_p)
-    return jax.random.categorical(rng, jnp.log(kept_BK)).astype(jnp.int32)
+def greedy(logits: jax.Array) -> jax.Array:
+    """The most probable tokens: f32[..., K] -> int32[...]."""
+    return jnp.argmax(logits, -1).astype(jnp.int32)
 
 
 def decode(
@@ -51,12 +32,10 @@ def decode(
     *,
     task: int,
     length: int,
-    window: Window,
+    window: slice,
     soft_input: bool,
-    top_p: float = 0.0,
-    rng: jax.Array | None = None,
 ) -> Decoded:
-    """Decodes `length` tokens of one vocabulary window.
+    """Decodes `length` tokens of one vocabulary window, each the most probable one.
 
     Autoregressive models run one scan; the next input is the chosen token's embedding, or with `soft_input` the
     embeddings of the window weighted by their probabilities (the soft token). The parallel model takes one pass.
@@ -64,26 +43,14 @@ def decode(
     Args:
         params: of the transformer.
         memory: keys and values of the images, from `memory_keys_values`.
-        top_p: 0 is greedy; else nucleus sampling, which needs `rng`.
-    Raises:
-        ValueError: where top_p is outside 0..1, or above 0 without an rng.
+        window: the ids to choose from.
     """
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p={top_p} must lie in 0..1 (0 is greedy)")
-    if top_p > 0 and rng is None:
-        raise ValueError(f"top_p={top_p} samples and needs an rng; pass one, or top_p=0 for greedy decoding")
-
     if transformer.parallel:
         tokens = jnp.zeros((memory[0][0].shape[0], length - 1), jnp.int32)
-        logits = transformer.apply({"params": params}, memory, tokens, task, False, window.slice, method="decode")
-        if rng is None:
-            return Decoded(choose(logits, top_p, None), logits)
-        keys = jax.random.split(rng, length)
-        tokens = jax.vmap(lambda l, key: choose(l, top_p, key), (1, 0), 1)(logits, keys)
-        return Decoded(tokens, logits)
-    keys = None if rng is None else jax.random.split(rng, length)
+        logits = transformer.apply({"params": params}, memory, tokens, task, False, window, method="decode")
+        return Decoded(greedy(logits), logits)
     start, steps_in = stepping(transformer, params, memory, task, length)
-    step = steps_in(window.slice, lambda l, index: choose(l, top_p, None if keys is None else keys[index]), soft_input)
+    step = steps_in(window, lambda logits_BK, _: greedy(logits_BK), soft_input)
     _, (tokens_TB, logits_TBK) = jax.lax.scan(step, start, length=length)
     return Decoded(tokens_TB.T, jnp.swapaxes(logits_TBK, 0, 1))
 

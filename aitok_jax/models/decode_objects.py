@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from aitok_jax.models.decode import choose, stepping
+from aitok_jax.models.decode import greedy, stepping
 from aitok_jax.models.transformer import KeyValue, TokenTransformer
-from aitok_jax.tasks.sequences import CLASS_SLOT
-from aitok_jax.tasks.vocabulary import Vocabulary
+
+CLASS_SLOT = 4
+"""An object's tokens are x1 y1 x2 y2, class [and mask codes]."""
 
 
 @flax.struct.dataclass
@@ -30,7 +33,7 @@ def decode_objects(
     transformer: TokenTransformer,
     params: dict,
     memory: list[KeyValue],
-    vocabulary: Vocabulary,
+    vocabulary: Any,
     *,
     task: int,
     num_objects: int,
@@ -45,6 +48,7 @@ def decode_objects(
     Args:
         params: of the transformer.
         memory: keys and values of the images, from `memory_keys_values`.
+        vocabulary: a `tasks.vocabulary.Vocabulary`.
         mask_tokens: 0 for detection.
         soft_input: feed the probability-weighted embedding after a mask token; boxes and classes are always hard.
         top_p: 0 is greedy; else nucleus sampling with one key of `rngs_B` a row, so that a row's objects do not
@@ -58,10 +62,10 @@ def decode_objects(
         raise ValueError("the parallel model has no steps: objects need parallel=False")
     if top_p > 0 and rngs_B is None:
         raise ValueError(f"top_p={top_p} samples and needs one key a row; pass them, or top_p=0 for greedy decoding")
-    length = len(vocabulary.object_slots(mask_tokens))
+    length = CLASS_SLOT + 1 + mask_tokens
     batch = memory[0][0].shape[0]
     start, steps_in = stepping(transformer, params, memory, task, length * num_objects)
-    classes, codes = vocabulary.classes, vocabulary.mask_codes
+    classes, codes = vocabulary.classes, vocabulary.codes_of("mask")
 
     def pick(logits_BK, index):
         return _choose(logits_BK, top_p, rngs_B, index)
@@ -105,11 +109,28 @@ def decode_objects(
     )
 
 
+def nucleus(probabilities: jax.Array, top_p: float) -> jax.Array:
+    """Keeps the most probable entries until their sum exceeds `top_p` (that one included), renormalised.
+
+    top_p 0 keeps the most probable entry alone, 1 keeps all.
+    """
+    if top_p == 1:
+        return probabilities
+    order = jnp.argsort(-probabilities)
+    ranked = jnp.take_along_axis(probabilities, order, -1)
+    keep_ranked = jnp.cumsum(ranked, -1) - ranked <= top_p
+    keep = jnp.take_along_axis(keep_ranked, jnp.argsort(order), -1)
+    kept = jnp.where(keep, probabilities, 0.0)
+    return kept / jnp.sum(kept, -1, keepdims=True)
+
+
 def _choose(logits_BK: jax.Array, top_p: float, rngs_B: jax.Array | None, index: jax.Array) -> jax.Array:
+    """int32[B]: the most probable where top_p is 0, else a sample of every row's nucleus with the row's own key."""
     if top_p == 0:
-        return choose(logits_BK, top_p, None)
+        return greedy(logits_BK)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(rngs_B, index)
-    return jax.vmap(lambda l, key: choose(l[None], top_p, key)[0])(logits_BK, keys_B)
+    kept_BK = nucleus(jax.nn.softmax(logits_BK), top_p)
+    return jax.vmap(jax.random.categorical)(keys_B, jnp.log(kept_BK)).astype(jnp.int32)
 
 
 def _label(logits_BK: jax.Array, tokens_B: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:

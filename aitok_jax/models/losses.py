@@ -28,6 +28,12 @@ def mse_ignore_zero(prediction: jax.Array, target: jax.Array) -> jax.Array:
     return _masked_mean(jnp.square(_f32(prediction) - _f32(target)), valid)
 
 
+def mse_annotated(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean squared error over the places of [..., C] where the target is not all zero; 0 where there are none."""
+    valid = jnp.any(target != 0, -1, keepdims=True)
+    return _masked_mean(jnp.square(_f32(prediction) - _f32(target)), jnp.broadcast_to(valid, target.shape))
+
+
 def silog(
     prediction: jax.Array, target: jax.Array, *, min_prediction: float | None = None, variance_focus: float = 0.5
 ) -> jax.Array:
@@ -69,6 +75,7 @@ RECONSTRUCTION = {
     "l1": l1,
     "smooth_l1": smooth_l1,
     "mse_ignore_zero": mse_ignore_zero,
+    "mse_annotated": mse_annotated,
     "silog": silog,
 }
 

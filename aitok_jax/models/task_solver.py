@@ -1,4 +1,4 @@
-"""The task solver: Swin-V2 backbone and token transformer (AIT.md section 4)."""
+"""The task solver: Swin-V2 backbone and token transformer  (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TaskSolver(nn.Module):
     transformer: TokenTransformer
 
     def features(self, images_BHWC: jax.Array, train: bool = False) -> jax.Array:
-        """f32[B,H,W,3] in the model's scale -> the backbone's last map f32[B,h,w,C]."""
-        return self.backbone(images_BHWC, train)[-1]
+        """f32[B,H,W,3] in the model's scale -> the backbone's map f32[B,h,w,C]."""
+        return self.backbone(images_BHWC, train)
 
     def memory(self, images_BHWC: jax.Array, train: bool = False) -> list[KeyValue]:
         """f32[B,H,W,3] -> keys and values of the image for every decoder layer."""

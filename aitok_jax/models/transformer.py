@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aitok_jax.models.remat import policy_name, rematerialized
-from aitok_jax.models.swin_v2 import DropPath, Mlp, trunc_normal
+from aitok_jax.models.layers import DropPath, Mlp, Widths, check_remat, rematerialized, trunc_normal
 
 KeyValue = tuple[jax.Array, jax.Array]  # each [B, heads, T, d]
 Cache = tuple[jax.Array, jax.Array]
 """Keys and values so far, each [B·heads, T, d], as the products of a step take them: with another layout, or one axis
 more, XLA copies the whole cache at every step."""
+EPSILON = 1e-5  # of all LayerNorms here
 
 
 def sine_positions(height: int, width: int, dim: int, temperature: float = 10000.0) -> np.ndarray:
@@ -28,24 +28,13 @@ def sine_positions(height: int, width: int, dim: int, temperature: float = 10000
     return table.reshape(height * width, dim).astype(np.float32)
 
 
-def _dense(features: int, parent: nn.Module) -> nn.Dense:
-    return nn.Dense(features, kernel_init=trunc_normal, dtype=parent.dtype, param_dtype=parent.param_dtype)
-
-
-def _norm(parent: nn.Module) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, param_dtype=parent.param_dtype)
-
-
 class Attention(nn.Module):
     """Multi-head attention; softmax in float32."""
 
-    dim: int
-    num_heads: int
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    widths: Widths
 
     def setup(self):
-        self.wq, self.wk, self.wv, self.proj = (_dense(self.dim, self) for _ in range(4))
+        self.wq, self.wk, self.wv, self.proj = (self.widths.dense(self.widths.dim) for _ in range(4))
 
     def keys_values(self, x_BTD: jax.Array) -> KeyValue:
         """[B,T,D] -> keys and values, each [B,heads,T,d]."""
@@ -54,37 +43,31 @@ class Attention(nn.Module):
     def attend(self, x_BQD: jax.Array, keys_values: KeyValue, mask: jax.Array | None = None) -> jax.Array:
         """Queries of x [B,Q,D] over the keys; mask bool, broadcast against [B,heads,Q,T], True where allowed."""
         keys, values = keys_values
-        queries = self._split(self.wq(x_BQD)) * (self.dim // self.num_heads) ** -0.5
+        queries = self._split(self.wq(x_BQD)) * (self.widths.dim // self.widths.num_heads) ** -0.5
         logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys, preferred_element_type=jnp.float32)
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits).astype(self.dtype)
+        weights = jax.nn.softmax(logits).astype(self.widths.dtype)
         out = jnp.einsum("bhqk,bhkd->bqhd", weights, values)
-        return self.proj(out.reshape(*out.shape[:2], self.dim))
+        return self.proj(out.reshape(*out.shape[:2], self.widths.dim))
 
     def __call__(self, x_BTD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         return self.attend(x_BTD, self.keys_values(x_BTD), mask)
 
     def _split(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], self.num_heads, self.dim // self.num_heads).swapaxes(1, 2)
+        heads = self.widths.num_heads
+        return x.reshape(*x.shape[:2], heads, self.widths.dim // heads).swapaxes(1, 2)
 
 
 class EncoderBlock(nn.Module):
     """Pre-norm block: x += attention(LN1 x); x += MLP(LN2 x)."""
 
-    dim: int
-    num_heads: int
-    hidden: int
-    drop_path: float
-    dropout: float
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    widths: Widths
 
     def setup(self):
-        self.norm1, self.norm2 = _norm(self), _norm(self)
-        self.attn = Attention(self.dim, self.num_heads, self.dtype, self.param_dtype)
-        self.mlp = Mlp(self.hidden, self.dropout, self.dtype, self.param_dtype)
-        self.drop_path_layer = DropPath(self.drop_path)
+        self.norm1, self.norm2 = (self.widths.norm(EPSILON) for _ in range(2))
+        self.attn, self.mlp = Attention(self.widths), Mlp(self.widths)
+        self.drop_path_layer = DropPath(self.widths.drop_path)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x += self.drop_path_layer(self.attn(self.norm1(x)), train)
@@ -94,21 +77,12 @@ class EncoderBlock(nn.Module):
 class DecoderBlock(nn.Module):
     """Pre-norm block: causal self-attention; cross-attention with the same LN2 on x and the memory; MLP."""
 
-    dim: int
-    num_heads: int
-    hidden: int
-    drop_path: float
-    dropout: float
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    widths: Widths
 
     def setup(self):
-        self.norm1, self.norm2, self.norm3 = _norm(self), _norm(self), _norm(self)
-        self.attn, self.crossattn = (
-            Attention(self.dim, self.num_heads, self.dtype, self.param_dtype) for _ in range(2)
-        )
-        self.mlp = Mlp(self.hidden, self.dropout, self.dtype, self.param_dtype)
-        self.drop_path_layer = DropPath(self.drop_path)
+        self.norm1, self.norm2, self.norm3 = (self.widths.norm(EPSILON) for _ in range(3))
+        self.attn, self.crossattn, self.mlp = Attention(self.widths), Attention(self.widths), Mlp(self.widths)
+        self.drop_path_layer = DropPath(self.widths.drop_path)
 
     def memory_keys_values(self, memory_BMD: jax.Array) -> KeyValue:
         return self.crossattn.keys_values(self.norm2(memory_BMD))
@@ -141,17 +115,10 @@ class Blocks(nn.Module):
 
     block: type[nn.Module]
     num_layers: int
-    dim: int
-    num_heads: int
-    hidden: int
-    drop_path: float
-    dropout: float
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    widths: Widths
 
     def setup(self):
-        shared = (self.dim, self.num_heads, self.hidden, self.drop_path, self.dropout, self.dtype, self.param_dtype)
-        self.blocks = [self.block(*shared) for _ in range(self.num_layers)]
+        self.blocks = [self.block(self.widths) for _ in range(self.num_layers)]
 
 
 class TokenTransformer(nn.Module):
@@ -163,7 +130,7 @@ class TokenTransformer(nn.Module):
         position_temperature: of the image's sine positions; 10000 as published. The positions of a small grid then
             differ in few channels only, and the decoder takes long to learn where to look: give it a small one.
         parallel: AiT-P: every token input is one learned vector, so that one causal pass predicts all positions.
-        remat: what blocks compute again in the backward pass, of `remat.POLICIES`.
+        remat: what blocks keep for the backward pass, of `layers.REMAT`.
     """
 
     dim: int = 256
@@ -183,19 +150,28 @@ class TokenTransformer(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
-        policy_name(self.remat)
+        check_remat(self.remat)
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim={self.dim} must be a multiple of 2·num_heads={2 * self.num_heads}")
         super().__post_init__()
 
     def setup(self):
-        shared = (self.dim, self.num_heads, self.hidden, self.drop_path, self.dropout, self.dtype, self.param_dtype)
-        self.encoder = Blocks(rematerialized(EncoderBlock, self.remat, 2), self.encoder_layers, *shared)
-        self.decoder = Blocks(rematerialized(DecoderBlock, self.remat, 3), self.decoder_layers, *shared)
+        widths = Widths(
+            dim=self.dim,
+            num_heads=self.num_heads,
+            hidden=self.hidden,
+            drop_path=self.drop_path,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        self.encoder = Blocks(rematerialized(EncoderBlock, self.remat, 2), self.encoder_layers, widths)
+        self.decoder = Blocks(rematerialized(DecoderBlock, self.remat, 3), self.decoder_layers, widths)
         self.input_dropout = nn.Dropout(self.dropout)
-        self.input_proj, self.proj = _dense(self.dim, self), _dense(self.dim, self)
-        self.stem_ln, self.encout_ln, self.proj_ln, self.proj_mlp_ln, self.norm = (_norm(self) for _ in range(5))
-        self.proj_mlp = Mlp(self.hidden, self.dropout, self.dtype, self.param_dtype)
+        self.input_proj, self.proj = widths.dense(self.dim), widths.dense(self.dim)
+        norms = (widths.norm(EPSILON) for _ in range(5))
+        self.stem_ln, self.encout_ln, self.proj_ln, self.proj_mlp_ln, self.norm = norms
+        self.proj_mlp = Mlp(widths)
         self.drop_path_layer = DropPath(self.drop_path)
 
         def table(name, *shape, init=trunc_normal):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -18,25 +19,40 @@ OBJECTIVES = (*losses.RECONSTRUCTION, CLASSIFICATION)
 KERNEL_SIZES = {conv.point: 1, conv.same: 3, conv.down: 4, conv.up: 4}
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What encoder and decoder have in common; see `VQVAE`."""
+
+    hidden: int
+    downsample: int
+    num_res_blocks: int
+    batch_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @property
+    def stages(self) -> int:
+        return int(math.log2(self.downsample))
+
+
 class Conv(nn.Module):
     """One of the convolutions of `models.conv`, [B,H,W,C] -> [B,H',W',features], and its bias."""
 
     features: int
     convolve: Callable[[jax.Array, jax.Array], jax.Array]
+    layout: Layout
     use_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         size = KERNEL_SIZES[self.convolve]
         shape = (size, size, x_BHWC.shape[-1], self.features)
-        kernel = self.param("kernel", _fan_in_uniform, shape, self.param_dtype)
-        y = self.convolve(x_BHWC.astype(self.dtype), kernel.astype(self.dtype))
+        kernel = self.param("kernel", _fan_in_uniform, shape, self.layout.param_dtype)
+        y = self.convolve(x_BHWC.astype(self.layout.dtype), kernel.astype(self.layout.dtype))
         if not self.use_bias:
             return y
-        bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-        return y + bias_F.astype(self.dtype).reshape(1, 1, 1, -1)
+        bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.layout.param_dtype)
+        return y + bias_F.astype(self.layout.dtype).reshape(1, 1, 1, -1)
 
 
 def _fan_in_uniform(key, shape, dtype=jnp.float32):
@@ -45,31 +61,21 @@ def _fan_in_uniform(key, shape, dtype=jnp.float32):
 
 
 class ResidualBlock(nn.Module):
-    """conv3×3 → ReLU → conv3×3 → ReLU → conv1×1, plus the input; or the batch-norm kind (AIT.md section 2)."""
+    """conv3×3 → ReLU → conv3×3 → ReLU → conv1×1, plus the input; or the batch-norm kind of the published code."""
 
     features: int
-    batch_norm: bool = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        dtypes = (self.dtype, self.param_dtype)
-
         def layer(convolve, index, use_bias=True):
-            return Conv(self.features, convolve, use_bias, *dtypes, name=f"net_{index}")
+            return Conv(self.features, convolve, self.layout, use_bias, name=f"net_{index}")
 
         def norm(index):
-            return nn.BatchNorm(
-                not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name=f"net_{index}",
-            )
+            dtypes = {"dtype": self.layout.dtype, "param_dtype": self.layout.param_dtype}
+            return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, **dtypes, name=f"net_{index}")
 
-        if self.batch_norm:
+        if self.layout.batch_norm:
             y = nn.relu(norm(1)(layer(conv.same, 0, use_bias=False)(x)))
             return nn.relu(x + norm(4)(layer(conv.same, 3, use_bias=False)(y)))
         y = nn.relu(layer(conv.same, 0)(x))
@@ -80,49 +86,37 @@ class ResidualBlock(nn.Module):
 class Encoder(nn.Module):
     """[B,H,W,channels] -> f32[B, H/r, W/r, code_dim]. Layer numbers are those of the published weights."""
 
-    hidden: int
-    downsample: int
-    num_res_blocks: int
+    layout: Layout
     code_dim: int
-    batch_norm: bool = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        stages, dtypes = int(math.log2(self.downsample)), (self.dtype, self.param_dtype)
-        for i in range(stages):
-            x = nn.relu(Conv(self.hidden * 2**i, conv.down, True, *dtypes, name=f"layers_{2 * i}")(x))
-        top = 2 * stages
-        for i in range(self.num_res_blocks):
-            x = ResidualBlock(x.shape[-1], self.batch_norm, *dtypes, name=f"layers_{top + i}")(x, train)
-        last = f"layers_{top + self.num_res_blocks}"
-        return Conv(self.code_dim, conv.point, True, *dtypes, name=last)(x).astype(jnp.float32)
+        layout = self.layout
+        for i in range(layout.stages):
+            x = nn.relu(Conv(layout.hidden * 2**i, conv.down, layout, name=f"layers_{2 * i}")(x))
+        top = 2 * layout.stages
+        for i in range(layout.num_res_blocks):
+            x = ResidualBlock(x.shape[-1], layout, name=f"layers_{top + i}")(x, train)
+        last = f"layers_{top + layout.num_res_blocks}"
+        return Conv(self.code_dim, conv.point, layout, name=last)(x).astype(jnp.float32)
 
 
 class Decoder(nn.Module):
-    """[B,h,w,code_dim] -> f32[B, h·r, w·r, out_channels]."""
+    """[B,h,w,code_dim] -> f32[B, h·r, w·r, channels]."""
 
-    hidden: int
-    downsample: int
-    num_res_blocks: int
-    out_channels: int
-    batch_norm: bool = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    layout: Layout
+    channels: int
 
     @nn.compact
     def __call__(self, z: jax.Array, train: bool = False) -> jax.Array:
-        stages, widest = int(math.log2(self.downsample)), self.hidden * self.downsample // 2
-        dtypes = (self.dtype, self.param_dtype)
-        x = nn.relu(Conv(widest, conv.point, True, *dtypes, name="layers_0")(z))
-        for i in range(self.num_res_blocks):
-            x = ResidualBlock(widest, self.batch_norm, *dtypes, name=f"layers_{2 + i}")(x, train)
-        for i in range(stages):
-            name = f"layers_{2 + self.num_res_blocks + 2 * i}"
-            x = nn.relu(Conv(widest // 2**i, conv.up, True, *dtypes, name=name)(x))
-        last = f"layers_{2 + self.num_res_blocks + 2 * stages}"
-        return Conv(self.out_channels, conv.point, True, *dtypes, name=last)(x).astype(jnp.float32)
+        layout, widest = self.layout, self.layout.hidden * self.layout.downsample // 2
+        x = nn.relu(Conv(widest, conv.point, layout, name="layers_0")(z))
+        for i in range(layout.num_res_blocks):
+            x = ResidualBlock(widest, layout, name=f"layers_{2 + i}")(x, train)
+        top = 2 + layout.num_res_blocks
+        for i in range(layout.stages):
+            x = nn.relu(Conv(widest // 2**i, conv.up, layout, name=f"layers_{top + 2 * i}")(x))
+        return Conv(self.channels, conv.point, layout, name=f"layers_{top + 2 * layout.stages}")(x).astype(jnp.float32)
 
 
 @flax.struct.dataclass
@@ -182,18 +176,23 @@ class VQVAE(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        shared = (self.hidden, self.downsample, self.num_res_blocks)
-        kind = (self.residual == "batch_norm", self.dtype, self.param_dtype)
-        self.encoder = Encoder(*shared, self.code_dim, *kind)
-        self.decoder = Decoder(*shared, self.channels, *kind)
+        layout = Layout(
+            hidden=self.hidden,
+            downsample=self.downsample,
+            num_res_blocks=self.num_res_blocks,
+            batch_norm=self.residual == "batch_norm",
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        self.encoder, self.decoder = Encoder(layout, self.code_dim), Decoder(layout, self.channels)
         self.quantizer = Quantizer(
-            self.num_codes,
-            self.code_dim,
-            self.ema,
-            self.decay,
-            self.epsilon,
-            self.commitment_cost,
-            self.restart_threshold,
+            num_codes=self.num_codes,
+            code_dim=self.code_dim,
+            ema=self.ema,
+            decay=self.decay,
+            epsilon=self.epsilon,
+            commitment_cost=self.commitment_cost,
+            restart_threshold=self.restart_threshold,
         )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Prediction of one image or many: `Predictor`. `python -m aitok_jax.predict` is its command line (`predict_cli`)."""
+"""Prediction of one image or many: `Predictor`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
 
 from aitok_jax import tasks
-from aitok_jax.predict.views import NUM_VIEWS, average_views, fit_square, model_size, resize, view
+from aitok_jax.image import fit_square, resize
+from aitok_jax.predict.views import NUM_VIEWS, average_views, model_size, view
 from aitok_jax.tasks import paste
 from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.training import checkpoint
 
-TASKS = ("depth", "instances", "detection")
 BATCH_SIZE = 4
 
 
@@ -25,32 +24,24 @@ class Predictor:
     """A trained model, ready to predict.
 
         predictor = Predictor.load("runs/joint")
+        predictor.tasks  # what it can be asked for
         image = np.asarray(Image.open("room.jpg").convert("RGB"))
-        predictor(image, task="depth")["depth"]  # float32[H,W], metres
+        predictor(image)  # the first of them
         predictor(image, task="instances", min_score=0.5)["masks"]  # bool[n,H,W]
 
     Args:
-        task: a task with `predict` and `image_size`, the side in pixels of the squares that its model sees, or a joint
-            task with such `parts`. One for objects also has `vocabulary` and `tokenizer` (None: it gives no masks).
+        task: made of parts that predict from images (`answers`).
         params, model_state: its weights.
-        name: 'depth' or 'instances', the kind of `task`; a joint task's parts have names of their own.
-        categories: `id` and `name` of the object classes, in their order; None numbers them from 1.
+        categories: `id` and `name` of the object classes, in their order; () numbers them from 1.
     Attributes:
-        tasks: what it can be asked for, of `TASKS` and in their order.
-        parts: for each of these the task that predicts it.
+        tasks: what it can be asked for: the names of dense maps, 'instances', 'detection'.
+        parts: for each of these the part that predicts it.
         weights: (params, model_state), on the device.
         categories: list of {'id': int, 'name': str}, one for each class of objects; empty without objects.
     """
 
-    def __init__(
-        self,
-        task: Any,
-        params: Any,
-        model_state: Any,
-        name: str = "depth",
-        categories: Sequence[Mapping[str, Any]] | None = None,
-    ):
-        self.parts = _parts(task, name)
+    def __init__(self, task: Any, params: Any, model_state: Any, categories: Sequence[Mapping[str, Any]] = ()):
+        self.parts = _parts(task)
         self.tasks = tuple(self.parts)
         self.categories = _categories(self.parts, categories)
         self.weights = jax.device_put((params, model_state))
@@ -66,8 +57,8 @@ class Predictor:
             ValueError: a run that does not predict from images, such as a tokenizer's.
         """
         config, weights = checkpoint.load_inference(path)
-        task = tasks.build(config.task)
-        return cls(task, weights["params"], weights["model_state"], config.task.name, config.get("categories"))
+        categories = config.categories if "categories" in config else ()
+        return cls(tasks.build(config.task), weights["params"], weights["model_state"], categories)
 
     def choose(self, task: str | None) -> str:
         """The task that is predicted for `task`: itself, or the first of `tasks` for None; ValueError for others."""
@@ -84,11 +75,11 @@ class Predictor:
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """Predicts an image, or a list of images.
 
-        Depth: the image is resized to the model's scale: short side to the task's `image_size`, aspect ratio (long side
+        Maps: the image is resized to the model's scale: short side to the part's `image_size`, aspect ratio (long side
         to short side) rounded to a multiple of 1/15, so that images of any size compile few programs; a 4:3 image keeps
         its aspect, and the error is at most 1/30 of the short side. Resizing is bilinear, with antialiasing
         where it shrinks. The maps are resized back bilinearly. An image that has the model's scale is not resized.
-        Depth is metric for cameras like those of the training data: another field of view scales it.
+        Distances are metric for cameras like those of the training data: another field of view scales them.
 
         Instances and detection: see `fit_square`; boxes and masks are brought back to the image. A model of instances
         also does detection, which leaves out the masks.
@@ -98,29 +89,29 @@ class Predictor:
         a size compiles two programs at most. An image's result does not depend on the others but for rounding.
 
         Args:
-            image: uint8[H,W,3] RGB of any size (depth: at most 8 times longer than its short side), or a list of such.
+            image: uint8[H,W,3] RGB of any size (maps: at most 8 times longer than its short side), or a list of such.
             task: what to predict, one of `tasks`; None is the first of them.
             min_score: objects of a lower score are left out; 0..1.
-            augment: for depth, average over the mirror image, whatever the task's `flip`, and over enlarged corners
-                (see `resize.average_views`); takes five times as long, or ten where `flip` is off.
+            augment: for maps, average over the mirror image, whatever the part's `flip`, and over enlarged corners
+                (see `views.average_views`); takes five times as long, or ten where `flip` is off.
             batch_size: images that go through the model together; at least 1.
         Returns:
-            For depth: `depth` float32[H,W] in metres, at least 0.001, and `confidence` float32[H,W] in 0..1:
-            1 / (1 + s), s the standard deviation in metres of the depths that the token there may stand for, under its
-            probabilities; 1 is sure of one depth, 1/2 wavers by a metre. It is no probability of being right.
+            For a map, under its name float32[H,W,...], as its modality says, and `confidence` float32[H,W] in 0..1:
+            1 / (1 + s), s the spread of the values that the token there may stand for, under its probabilities; 1 is
+            sure of one value, 1/2 wavers by one unit (a metre). It is no probability of being right.
             For instances and detection the n objects, best first: `boxes` float32[n,4] x1 y1 x2 y2 in pixels of the
             image, `classes` int32[n], `names` list[str], `scores` float32[n] in 0..1, the probability of the class
             among all classes and the noise label, and, for instances, `masks` bool[n,H,W]. A list of these for a list.
         Raises:
             ValueError: an image of another type or shape, a task that this model does not do, a score outside 0..1, a
-                batch size below 1, or `augment` with another task than depth.
+                batch size below 1, or `augment` for objects.
         """
         task = self.choose(task)
         images, many = _listed(image)
-        if task == "depth":
-            results = self._depth(images, augment, batch_size)
+        if self.parts[task].kind == "maps":
+            results = self._maps(self.parts[task], images, augment, batch_size)
         elif augment:
-            raise ValueError(f"augment=True is for task='depth', not for {task!r}; leave it out")
+            raise ValueError(f"augment=True is for maps, not for task={task!r}; leave it out")
         else:
             found = self.coco_results(images, task, min_score=min_score, batch_size=batch_size)
             sizes = [one.shape[:2] if task == "instances" else None for one in images]
@@ -148,7 +139,7 @@ class Predictor:
             pixels of the image, `score` and, for instances, `segmentation` (compressed RLE). Left out are objects whose
             box is reversed or lies outside the image, and those of a class that is none of the `categories`.
         """
-        task = _chosen(task, [name for name in self.tasks if name != "depth"])
+        task = _chosen(task, [name for name, part in self.parts.items() if part.kind == "objects"])
         _check_score(min_score)
         images, many = _listed(image)
         image_id = range(len(images)) if image_id is None else image_id
@@ -157,12 +148,12 @@ class Predictor:
             raise ValueError(f"{len(ids)} values of image_id for {len(images)} images; give one for each, or None")
         part, scales = self.parts[task], {}
 
-        def prepare(i):
+        def seen(i):
             square, scales[i] = fit_square(images[i], part.image_size)
             return square
 
         results: list[list[dict[str, Any]]] = [[] for _ in images]
-        for i, outputs in self._outputs(part, [part.image_size for _ in images], prepare, batch_size):
+        for i, outputs in self._outputs(part, [part.image_size for _ in images], seen, batch_size):
             if task == "detection":
                 outputs.pop("masks", None)
             known = (outputs["scores"] >= min_score) & (outputs["classes"] < len(self.categories))
@@ -173,36 +164,39 @@ class Predictor:
             results[i] = [{**result, "image_id": ids[i]} for result in found]
         return results if many else results[0]
 
-    def _depth(self, images: Sequence[np.ndarray], augment: bool, batch_size: int) -> list[dict[str, np.ndarray]]:
-        part = self.parts["depth"]
+    def _maps(
+        self, part: Any, images: Sequence[np.ndarray], augment: bool, batch_size: int
+    ) -> list[dict[str, np.ndarray]]:
         if augment:
             part = dataclasses.replace(part, flip=True)
+        modality, count = part.modality, NUM_VIEWS if augment else 1
         sizes = [model_size(*image.shape[:2], part.image_size) for image in images]
-        count = NUM_VIEWS if augment else 1
 
-        def prepare(k):
+        def seen(k):
             i, number = divmod(k, count)
             return view(images[i], number, *sizes[i]).astype(np.float32) / 255
 
         results: list[dict[str, np.ndarray]] = [{} for _ in images]
-        seen: list[list[dict[str, np.ndarray]]] = [[] for _ in images]
-        view_sizes = [size for size in sizes for _ in range(count)]
-        for k, outputs in self._outputs(part, view_sizes, prepare, batch_size):
+        views: list[list[dict[str, np.ndarray]]] = [[] for _ in images]
+        for k, outputs in self._outputs(part, [size for size in sizes for _ in range(count)], seen, batch_size):
             i = k // count
-            seen[i].append(outputs)  # in order: all have one size
-            if len(seen[i]) == count:
-                maps, seen[i] = average_views(seen[i]), []
-                depth, confidence = (resize(maps[name], *images[i].shape[:2]) for name in ("depth", "confidence"))
-                results[i] = {"depth": depth, "confidence": np.clip(confidence, 0, 1)}
+            views[i].append(outputs)  # in order: all have one size
+            if len(views[i]) == count:
+                maps, views[i] = average_views(views[i], modality), []
+                height, width = images[i].shape[:2]
+                results[i] = {
+                    modality.name: modality.resized(maps[modality.name], height, width),
+                    "confidence": np.clip(resize(maps["confidence"], height, width), 0, 1),
+                }
         return results
 
     def _outputs(
-        self, part: Any, sizes: Sequence[Any], prepare: Callable[[int], np.ndarray], batch_size: int
+        self, part: Any, sizes: Sequence[Any], seen: Callable[[int], np.ndarray], batch_size: int
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """(i, what the model says of `prepare(i)`) for every image; those of one size come after each other."""
+        """(i, what the model says of `seen(i)`) for every image; those of one size come after each other."""
         predict = compiled_predict(part)
         for indices, rows in plan_batches(sizes, batch_size):
-            images = np.stack([prepare(i) for i in indices])
+            images = np.stack([seen(i) for i in indices])
             images = np.pad(images, ((0, rows - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
             # one seed for all, so that sampling does not depend on an image's place in the batch
             outputs = predict(*self.weights, {"image": images, "id": np.zeros(rows, np.int32)})
@@ -231,18 +225,6 @@ def plan_batches(sizes: Sequence[Any], batch_size: int) -> list[tuple[list[int],
     return planned
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """An image file of any format Pillow reads as uint8[H,W,3] RGB, turned as its EXIF orientation says.
-
-    Grey, palette and transparent images are converted (transparency is dropped); 16-bit grey keeps its upper 8 bits.
-    """
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-        return np.array(image.convert("RGB"))
-
-
 def _arrays(
     results: list[dict[str, Any]], mask_size: tuple[int, int] | None, categories: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -254,18 +236,13 @@ def _arrays(
     return arrays
 
 
-def _parts(task: Any, name: str) -> dict[str, Any]:
-    """What a model can be asked for, in the order of `TASKS`, and the task that predicts it."""
-    given = dict(getattr(task, "parts", {name: task}))
-    objects = given.get("instances")
-    if objects is not None:
-        given["detection"] = objects
-        if objects.tokenizer is None:
-            del given["instances"]
-    if unknown := set(given) - set(TASKS):
-        known = "depth, instances, joint"
-        raise ValueError(f"a model of the task {unknown.pop()!r} cannot predict from images; known are {known}")
-    return {name: given[name] for name in TASKS if name in given}
+def _parts(task: Any) -> dict[str, Any]:
+    """What a model can be asked for, maps first, and the part that predicts it."""
+    parts = sorted(task.parts.values(), key=lambda part: part.kind)
+    answers = {answer: part for part in parts for answer in part.answers}
+    if not answers:
+        raise ValueError(f"a run of {', '.join(task.parts)} does not predict from images; load that of a solver")
+    return answers
 
 
 def _chosen(task: str | None, known: Sequence[str]) -> str:
@@ -280,7 +257,7 @@ def _categories(parts: Mapping[str, Any], given: Sequence[Mapping[str, Any]] | N
     if "detection" not in parts:
         return []
     count = parts["detection"].vocabulary.num_classes
-    if not given:
+    if not len(given):
         return [{"id": i + 1, "name": f"class {i}"} for i in range(count)]
     if len(given) > count:
         raise ValueError(f"{len(given)} categories, but the model knows {count} classes; give those it was trained for")
@@ -309,4 +286,3 @@ def _check_image(image: np.ndarray) -> None:
         raise ValueError(f"image must be uint8 with values 0..255, got {image.dtype}; convert it to uint8")
     if image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"image must be RGB [H, W, 3], got shape {image.shape}; pass several images as a list")
-

@@ -105,6 +105,7 @@ class Frame(NamedTuple):
     depth: np.ndarray  # f32[H,W]: metres along the optical axis
     objects: np.ndarray  # int[H,W]: the object seen, -1 for the room
     shine: np.ndarray  # f32[H,W]: shine of the material seen
+    normals: np.ndarray  # f32[H,W,3]: of the surface seen, in the axes of the camera (right, down, forward)
 
 
 def _apply(axes: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -310,7 +311,7 @@ def trace(world: World, height: int, width: int) -> Frame:
 
 
 def _trace_tiles(world: World, slopes: np.ndarray, pairs: tuple[np.ndarray, np.ndarray], pixel: np.float32) -> tuple:
-    """light f32[T,K,3], depth f32[T,K], objects int[T,K], shine f32[T,K] of tiles of rays f32[2,T,K]."""
+    """The fields of `Frame`, [T,K,...], of tiles of rays f32[2,T,K]."""
     right, down, forward = world.view[:, :, None, None]
     rays = right * slopes[0] + down * slopes[1] + forward  # as the forward part is 1, multiples of a ray are depths
     depth, solid = nearest(world.solids, world.eye, rays, *pairs)
@@ -330,7 +331,8 @@ def _trace_tiles(world: World, slopes: np.ndarray, pairs: tuple[np.ndarray, np.n
     light = _light(world, points, normals, rays.reshape(3, -1) / length, fields[17])
     light = color * light[0] + light[1] + fields[18] * fields[0:3]
     objects = np.append(world.solid_object, -1)[solid]
-    return light.T.reshape(*depth.shape, 3), depth, objects, fields[17].reshape(depth.shape)
+    seen = (world.view @ normals).T.reshape(*depth.shape, 3)
+    return light.T.reshape(*depth.shape, 3), depth, objects, fields[17].reshape(depth.shape), seen
 
 
 def _surfaces(world: World, solid: np.ndarray, axis: np.ndarray, forth: np.ndarray, points: np.ndarray):

@@ -1,13 +1,12 @@
-"""Objects as token sequences: what the solver reads and is to say (AIT.md section 6.2)."""
+"""Objects as token sequences: what the solver reads and is to say (paper, section 3.2)."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from aitok_jax.models.decode_objects import CLASS_SLOT
 from aitok_jax.tasks.vocabulary import Vocabulary
-
-CLASS_SLOT = 4  # x1 y1 x2 y2 class [mask codes]
 
 
 def object_tokens(
@@ -26,7 +25,7 @@ def object_tokens(
     labels = jnp.where(classes_BN < 0, vocabulary.noise, vocabulary.classes.start + classes_BN)
     parts = [vocabulary.coordinates.start + coordinates, labels[..., None]]
     if codes_BNm is not None:
-        parts.append(vocabulary.mask_codes.start + codes_BNm)
+        parts.append(vocabulary.codes_of("mask").start + codes_BNm)
     return jnp.concatenate(parts, axis=-1).astype(jnp.int32)
 
 
@@ -48,33 +47,3 @@ def target_mask(real_BN: jax.Array, length: int) -> jax.Array:
     """bool[B,N,L]: where the loss looks. Real objects count with all their tokens, noise objects with their label."""
     label_L = (jnp.arange(length) == CLASS_SLOT).reshape(1, 1, -1)
     return real_BN[..., None] | label_L
-
-
-def cell_tokens(
-    vocabulary: Vocabulary, tokens_BNL: jax.Array, real_BN: jax.Array, image_size: int, side: int
-) -> tuple[jax.Array, jax.Array]:
-    """The object at each cell of a grid over the image: the smallest real one whose box holds the cell's centre.
-
-    A box narrower than a cell counts as wide as one, so that no object falls between the centres.
-
-    Args:
-        tokens_BNL: of `object_tokens`.
-        image_size: side of the padded input in pixels; side: of the grid in cells.
-    Returns:
-        int32[B,M,L], its tokens, M = side²; the noise label (and any box and mask) where there is none; and bool[B,M],
-        where there is one.
-    """
-    boxes_BN4 = boxes_of(vocabulary, tokens_BNL[..., :CLASS_SLOT], image_size)
-    low_BN2, high_BN2 = boxes_BN4[..., :2], boxes_BN4[..., 2:]
-    cell = image_size / side
-    half_BN2 = jnp.maximum(high_BN2 - low_BN2, cell) / 2
-    y, x = jnp.divmod(jnp.arange(side**2), side)
-    centres_M2 = (jnp.stack([x, y], -1) + 0.5) * cell
-    distance_BNM2 = jnp.abs(centres_M2.reshape(1, 1, -1, 2) - jnp.expand_dims((low_BN2 + high_BN2) / 2, 2))
-    holds_BNM = jnp.all(distance_BNM2 <= jnp.expand_dims(half_BN2, 2), -1) & real_BN[..., None]
-    area_BN1 = jnp.prod(high_BN2 - low_BN2, -1, keepdims=True)
-    smallest_BM = jnp.argmin(jnp.where(holds_BNM, area_BN1, jnp.inf), axis=1)
-    covered_BM = jnp.any(holds_BNM, axis=1)
-    tokens_BML = jnp.take_along_axis(tokens_BNL, smallest_BM[..., None], axis=1)
-    labels_BM = jnp.where(covered_BM, tokens_BML[..., CLASS_SLOT], vocabulary.noise)
-    return tokens_BML.at[..., CLASS_SLOT].set(labels_BM), covered_BM

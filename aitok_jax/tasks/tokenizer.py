@@ -1,10 +1,10 @@
-"""Stage 1: VQ-VAEs that turn depth maps or instance masks into tokens and back (AIT.md section 2)."""
+"""Stage 1: VQ-VAEs that turn dense maps or instance masks into tokens and back (paper, section 3.1)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,43 @@ import jax.numpy as jnp
 from aitok_jax.config import build_dataclass
 from aitok_jax.models.vqvae import CLASSIFICATION, VQVAE, mask_patches
 from aitok_jax.tasks.base import Batch, Tree
+from aitok_jax.tasks.modalities import Modality
 
 MASK_OBJECTIVES = ("mse", "l1", "smooth_l1")
 MUTABLE = ["codebook", "batch_stats", "pending"]
 
 
-class _Codebook:
-    """What both tokenizers do for a step of several micro-batches, so that their EMA codebook sees one batch."""
+@dataclasses.dataclass(frozen=True)
+class TokenizerTask:
+    """A tokenizer, the only part of its task.
+
+    `open_step` and `close_step` let the EMA codebook see several micro-batches as one batch.
+    """
+
+    name: str
+    part: MapTokenizer | MaskTokenizer
+
+    @property
+    def parts(self) -> dict[str, MapTokenizer | MaskTokenizer]:
+        return {self.name: self.part}
+
+    def init(self, rng: jax.Array, batches: Mapping[str, Batch]) -> tuple[Tree, Tree]:
+        variables = self.part.tokenizer.init(rng, self.part.maps(batches[self.name]))
+        return variables.pop("params"), variables
+
+    def loss(
+        self, params: Tree, model_state: Tree, batches: Mapping[str, Batch], rng: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
+        maps, target, restart_rng = self.part.examples(batches[self.name], rng)
+        variables, rngs = {"params": params, **model_state}, {"restart": restart_rng}
+        result, new_state = self.part.tokenizer.apply(variables, maps, target, train=True, mutable=MUTABLE, rngs=rngs)
+        metrics = {
+            "reconstruction": result.reconstruction_loss,
+            "commitment": result.quantized.loss,
+            "perplexity": result.quantized.perplexity,
+            "codebook_usage": result.quantized.usage,
+        }
+        return result.loss, (metrics, {**model_state, **new_state})
 
     def open_step(self, model_state: Tree) -> Tree:
         return {**model_state, **self._of_quantizer("open_step", model_state, "pending")}
@@ -31,36 +61,40 @@ class _Codebook:
         def call(vqvae):
             getattr(vqvae.quantizer, method)()
 
-        return self.tokenizer.apply({"params": {}, **model_state}, method=call, mutable=[mutable])[1]
+        return self.part.tokenizer.apply({"params": {}, **model_state}, method=call, mutable=[mutable])[1]
 
 
 @dataclasses.dataclass(frozen=True)
-class DepthTokenizerTask(_Codebook):
-    """Reconstructs depth maps; 0 means no annotation and never counts in the loss.
+class MapTokenizer:
+    """Reconstructs maps; what is not annotated never counts in the loss.
 
     Attributes:
+        modality: what the maps are.
         tokenizer: the VQ-VAE.
         image_size: side of the training maps in pixels.
-        mask_ratio, mask_patch: mask augmentation: this share of the patches of the input is set to zero, and the loss
-            is taken against the unmasked map. 0 turns it off.
-        eval_crop, max_depth: see `DepthTask`.
+        mask_ratio, mask_patch: mask augmentation (paper, section 3.1): this share of the patches of the input is set to
+            zero, and the loss is taken against the unmasked map. 0 turns it off.
+        eval_crop: see `MapPart`.
     """
 
-    evaluator: ClassVar[str] = "depth"
+    kind: ClassVar[str] = "maps"
+    answers: ClassVar[tuple[str, ...]] = ()
+    meanings: ClassVar[dict[str, str]] = {}
 
+    modality: Modality
     tokenizer: VQVAE
     image_size: int
     mask_ratio: float = 0.5
     mask_patch: int = 16
     eval_crop: tuple[int, int, int, int] | None = None
-    max_depth: float = 10.0
 
     def __post_init__(self):
         self.tokenizer.grid(self.image_size, self.image_size)
-        if self.tokenizer.channels != 1 or self.tokenizer.objective == CLASSIFICATION:
+        if self.tokenizer.channels != self.modality.channels or self.tokenizer.objective == CLASSIFICATION:
             raise ValueError(
-                f"depth maps have one channel of metres: tokenizer.channels={self.tokenizer.channels} must be 1 and "
-                f"tokenizer.objective={self.tokenizer.objective!r} not {CLASSIFICATION!r}"
+                f"{self.modality.name} has {self.modality.channels} channels: tokenizer.channels="
+                f"{self.tokenizer.channels} must be that, and tokenizer.objective={self.tokenizer.objective!r} not "
+                f"{CLASSIFICATION!r}"
             )
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio={self.mask_ratio} must lie in 0..1; 0 turns the augmentation off")
@@ -70,34 +104,31 @@ class DepthTokenizerTask(_Codebook):
                 "change one of them, or set mask_ratio=0"
             )
 
-    def init(self, rng: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
-        variables = self.tokenizer.init(rng, batch["depth"][..., None])
-        return variables.pop("params"), variables
+    def maps(self, batch: Batch) -> jax.Array:
+        return self.modality.encode(batch[self.modality.name])
 
-    def loss(
-        self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
+    def examples(self, batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What goes in, what should come out, and the key of restarted codes."""
         mask_rng, restart_rng = jax.random.split(rng)
-        target = batch["depth"][..., None]
-        maps = target
+        target = maps = self.maps(batch)
         if self.mask_ratio:
             maps = mask_patches(mask_rng, target, patch=self.mask_patch, ratio=self.mask_ratio)
-        return _reconstruct(self.tokenizer, params, model_state, maps, target, restart_rng)
+        return maps, target, restart_rng
 
     def predict(self, params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """Tokenizes and detokenizes f32[B,H,W] metres of any size: `depth` f32[B,H,W] metres, `codes` int32[B,h,w]."""
-        depth = batch["depth"]
-        _, height, width = depth.shape
+        """Tokenizes and detokenizes maps [B,H,W,...] of any size: the map under its name, `codes` int32[B,h,w]."""
+        maps_BHWC = self.maps(batch)
+        _, height, width, _ = maps_BHWC.shape
         r = self.tokenizer.downsample
-        padded = jnp.pad(depth, ((0, 0), (0, -height % r), (0, -width % r)))[..., None]
+        padded = jnp.pad(maps_BHWC, ((0, 0), (0, -height % r), (0, -width % r), (0, 0)))
         variables = {"params": params, **model_state}
         codes = self.tokenizer.apply(variables, padded, method="encode")
-        decoded = self.tokenizer.apply(variables, codes, method="decode")
-        return {"depth": decoded[:, :height, :width, 0], "codes": codes}
+        raw = self.tokenizer.apply(variables, codes, method="decode")[:, :height, :width]
+        return {self.modality.name: self.modality.finish(raw), "codes": codes}
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskTokenizerTask(_Codebook):
+class MaskTokenizer:
     """Reconstructs instance masks cropped at their boxes.
 
     Attributes:
@@ -105,7 +136,9 @@ class MaskTokenizerTask(_Codebook):
         image_size: side of the crops in pixels.
     """
 
-    evaluator: ClassVar[str] = "masks"
+    kind: ClassVar[str] = "masks"
+    answers: ClassVar[tuple[str, ...]] = ()
+    meanings: ClassVar[dict[str, str]] = {}
 
     tokenizer: VQVAE
     image_size: int = 64
@@ -114,20 +147,17 @@ class MaskTokenizerTask(_Codebook):
         self.tokenizer.grid(self.image_size, self.image_size)
         check_masks(self.tokenizer)
 
-    def init(self, rng: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
-        variables = self.tokenizer.init(rng, batch["instance"][..., None])
-        return variables.pop("params"), variables
+    def maps(self, batch: Batch) -> jax.Array:
+        return batch["instance"][..., None]
 
-    def loss(
-        self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
-        masks = batch["instance"][..., None]
-        return _reconstruct(self.tokenizer, params, model_state, masks, masks, rng)
+    def examples(self, batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `MapTokenizer.examples`."""
+        return self.maps(batch), self.maps(batch), rng
 
     def predict(self, params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
         """Tokenizes and detokenizes f32[B,S,S] masks: `instance` f32[B,S,S], about 0..1, `codes` int32[B,h,w]."""
         variables = {"params": params, **model_state}
-        codes = self.tokenizer.apply(variables, batch["instance"][..., None], method="encode")
+        codes = self.tokenizer.apply(variables, self.maps(batch), method="encode")
         return {"instance": self.tokenizer.apply(variables, codes, method="decode")[..., 0], "codes": codes}
 
 
@@ -142,30 +172,6 @@ def check_masks(tokenizer: VQVAE) -> None:
         )
 
 
-def _reconstruct(tokenizer: VQVAE, params: Tree, model_state: Tree, maps, target, rng):
-    result, new_state = tokenizer.apply(
-        {"params": params, **model_state}, maps, target, train=True, mutable=MUTABLE, rngs={"restart": rng}
-    )
-    metrics = {
-        "reconstruction": result.reconstruction_loss,
-        "commitment": result.quantized.loss,
-        "perplexity": result.quantized.perplexity,
-        "codebook_usage": result.quantized.usage,
-    }
-    return result.loss, (metrics, {**model_state, **new_state})
-
-
-def build(fields: Mapping) -> DepthTokenizerTask:
+def build_masks(fields: Mapping[str, Any]) -> MaskTokenizer:
     """From `config.task`; `tokenizer` holds the fields of `VQVAE`."""
-    fields = dict(fields)
-    return build_dataclass(
-        DepthTokenizerTask, {**fields, "tokenizer": build_dataclass(VQVAE, fields.get("tokenizer", {}))}
-    )
-
-
-def build_mask(fields: Mapping) -> MaskTokenizerTask:
-    """From `config.task`; `tokenizer` holds the fields of `VQVAE`."""
-    fields = dict(fields)
-    return build_dataclass(
-        MaskTokenizerTask, {**fields, "tokenizer": build_dataclass(VQVAE, fields.get("tokenizer", {}))}
-    )
+    return build_dataclass(MaskTokenizer, {**fields, "tokenizer": build_dataclass(VQVAE, fields.get("tokenizer", {}))})

@@ -1,8 +1,9 @@
-"""The token vocabulary: the only place that knows an offset (AIT.md section 3)."""
+"""The token vocabulary, one flat table (paper, section 3.2): the only place that knows an offset."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,23 +24,26 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Lays the windows out one after the other: coordinates, classes, specials, mask codes, depth codes, spare codes.
+    """Lays the windows out one after the other: coordinates, classes, two specials, the codes of each tokenizer, spare.
 
-    The defaults are the published ones: 2339 tokens, or 2467 with the 128 spare codes of the joint set-ups.
+    The defaults are the published ones: 2339 tokens, or 2467 with the 128 spare codes of some published set-ups.
 
     Attributes:
         num_bins: coordinate tokens run over 0..num_bins, so there are num_bins + 1 of them.
         num_classes: object classes.
-        num_mask_codes: codes of the mask tokenizer.
-        num_depth_codes: codes of the depth tokenizer.
+        codes: name and size of the windows of codes, in their order.
         num_spare: unused ids at the end, there only so that published weights fit.
     """
 
     num_bins: int = 2000
     num_classes: int = 80
-    num_mask_codes: int = 128
-    num_depth_codes: int = 128
+    codes: tuple[tuple[str, int], ...] = (("mask", 128), ("depth", 128))
     num_spare: int = 0
+
+    def __post_init__(self):
+        names = [name for name, _ in self.codes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"vocabulary.codes={self.codes} must have each name once")
 
     @property
     def coordinates(self) -> Window:
@@ -57,18 +61,21 @@ class Vocabulary:
     def noise(self) -> int:
         return self.classes.stop + 1
 
-    @property
-    def mask_codes(self) -> Window:
-        return Window(self.noise + 1, self.num_mask_codes)
-
-    @property
-    def depth_codes(self) -> Window:
-        return Window(self.mask_codes.stop, self.num_depth_codes)
-
-    def object_slots(self, mask_tokens: int) -> list[Window]:
-        """The windows of one object's tokens: x1 y1 x2 y2, class, then `mask_tokens` codes (AIT.md section 6.2)."""
-        return [self.coordinates] * 4 + [self.classes] + [self.mask_codes] * mask_tokens
+    def codes_of(self, name: str) -> Window:
+        """The window of a tokenizer's codes; ValueError where there is none of this name."""
+        start = self.noise + 1
+        for window, size in self.codes:
+            if window == name:
+                return Window(start, size)
+            start += size
+        raise ValueError(f"the vocabulary has no codes named {name!r}, only {', '.join(n for n, _ in self.codes)}")
 
     @property
     def size(self) -> int:
-        return self.depth_codes.stop + self.num_spare
+        return self.noise + 1 + sum(size for _, size in self.codes) + self.num_spare
+
+
+def with_codes(vocabulary: Vocabulary, sizes: Mapping[str, int]) -> Vocabulary:
+    """The same with windows of these sizes: those it has keep their places, others follow in their order."""
+    new = {**dict(vocabulary.codes), **sizes}
+    return dataclasses.replace(vocabulary, codes=tuple(new.items()))

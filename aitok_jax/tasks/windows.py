@@ -1,81 +1,78 @@
-"""Test-time windows: a long image as overlapping squares and their mirror images, and back (AIT.md section 6.1)."""
+"""Test-time windows: a long image as overlapping squares and their mirror images, and back.
+
+The published system predicts 480x640 images as two squares of 480, at columns 0 and 160, and their mirror images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Maps = dict[str, jax.Array]
+
 
 def predict_windows(
-    predict_fn: Callable[[jax.Array], dict[str, jax.Array]],
+    predict_fn: Callable[[jax.Array], Maps],
     images_BHWC: jax.Array,
     *,
     flip: bool = True,
-    count: int | None = None,
-    min_value: float | None = None,
-) -> dict[str, jax.Array]:
-    """Predicts maps of images of any shape with a function of square images (AIT.md section 6.1). Can be jitted.
+    mirror: Callable[[Maps], Maps] = lambda maps: maps,
+) -> Maps:
+    """Predicts maps of images of any shape with a function of square images. Can be jitted.
 
     The squares have the size of the image's short side S and lie evenly along its long side; the first starts and the
     last ends at the border. They and their mirror images go through `predict_fn` in one batch; mirrored results are
     mirrored back and averaged, and overlaps are averaged.
 
     Args:
-        predict_fn: [n, S, S, C] -> dict of maps [n, S, S], e.g. `depth` and `confidence`. The n images are window 0
-            of all B images, window 1 of all, ..., then the mirrored windows in the same order.
+        predict_fn: [n, S, S, C] -> dict of maps [n, S, S, ...]. The n images are window 0 of all B images, window 1 of
+            all, ..., then the mirrored windows in the same order.
         images_BHWC: any float dtype, H and W static.
         flip: average with the mirror images.
-        count: number of windows; None takes the smallest number that covers the long side (1 for a square image,
-            2 for 480x640). A square image always has one window.
-        min_value: clips the map `depth` from below after averaging (the published system: 1e-3); None leaves it.
+        mirror: what the maps of mirrored images become, after their columns were reversed.
     Returns:
-        f32[B, H, W] for every map of `predict_fn`.
+        f32[B, H, W, ...] for every map of `predict_fn`.
     Raises:
-        ValueError: the windows do not cover the image, or `predict_fn` returns something else than maps [n, S, S].
+        ValueError: `predict_fn` returns something else than maps [n, S, S, ...].
     """
     batch, height, width, _ = images_BHWC.shape
-    starts = window_starts(height, width, count)
-    windows = shifted_windows(images_BHWC, count)
-    size = min(height, width)
+    starts, size = window_starts(height, width), min(height, width)
+    windows = cut(images_BHWC, starts)
     maps = predict_fn(jnp.concatenate([windows, windows[:, :, ::-1]]) if flip else windows)
     expected = (len(starts) * batch * (2 if flip else 1), size, size)
     for name, map_ in maps.items():
-        if map_.shape != expected:
+        if map_.shape[:3] != expected:
             raise ValueError(f"predict_fn must return maps of shape {expected}; {name!r} has {map_.shape}")
-
-    def combine(map_NSS):
-        map_NSS = jnp.asarray(map_NSS, jnp.float32)
-        if flip:
-            straight, mirrored = jnp.split(map_NSS, 2)
-            map_NSS = (straight + mirrored[:, :, ::-1]) / 2
-        return merge_windows(map_NSS, height, width, count)
-
-    merged = {name: combine(map_) for name, map_ in maps.items()}
-    if min_value is not None and "depth" in merged:
-        merged["depth"] = jnp.maximum(merged["depth"], min_value)
-    return merged
+    maps = {name: jnp.asarray(map_, jnp.float32) for name, map_ in maps.items()}
+    if flip:
+        straight, mirrored = ({name: map_[part] for name, map_ in maps.items()} for part in _halves(expected[0]))
+        back = mirror({name: map_[:, :, ::-1] for name, map_ in mirrored.items()})
+        maps = {name: (straight[name] + back[name]) / 2 for name in straight}
+    return {name: merge(map_, height, width, starts) for name, map_ in maps.items()}
 
 
-def shifted_windows(images_BHWC: jax.Array, count: int | None = None) -> jax.Array:
-    """Cuts images into `window_starts` squares along the long side: [count·B, S, S, C], S = min(H, W), window-major."""
+def _halves(count: int) -> tuple[slice, slice]:
+    return slice(count // 2), slice(count // 2, count)
+
+
+def cut(images_BHWC: jax.Array, starts: Sequence[int]) -> jax.Array:
+    """Cuts images into squares along the long side: [windows·B, S, S, C], S = min(H, W), window-major."""
     _, height, width, _ = images_BHWC.shape
-    size = min(height, width)
     windows = []
-    for start in window_starts(height, width, count):
-        stretch = slice(start, start + size)
+    for start in starts:
+        stretch = slice(start, start + min(height, width))
         windows.append(images_BHWC[:, stretch] if height > width else images_BHWC[:, :, stretch])
     return jnp.concatenate(windows)
 
 
-def merge_windows(maps_NSS: jax.Array, height: int, width: int, count: int | None = None) -> jax.Array:
-    """Undoes `shifted_windows` on maps f32[count·B, S, S]: f32[B, height, width], overlaps averaged."""
-    starts = window_starts(height, width, count)
+def merge(maps_NSS: jax.Array, height: int, width: int, starts: Sequence[int]) -> jax.Array:
+    """Undoes `cut` on maps f32[windows·B, S, S, ...]: f32[B, height, width, ...], overlaps averaged."""
     maps_KBSS = maps_NSS.reshape(len(starts), -1, *maps_NSS.shape[1:])
-    size = min(height, width)
-    total_BHW = jnp.zeros((maps_KBSS.shape[1], height, width), jnp.float32)
+    size, channels = min(height, width), maps_NSS.shape[3:]
+    total_BHW = jnp.zeros((maps_KBSS.shape[1], height, width, *channels), jnp.float32)
     times_HW = np.zeros((height, width), np.float32)
     for start, map_BSS in zip(starts, maps_KBSS, strict=True):
         rows, columns = slice(0, size), slice(start, start + size)
@@ -83,26 +80,11 @@ def merge_windows(maps_NSS: jax.Array, height: int, width: int, count: int | Non
             rows, columns = columns, rows
         total_BHW = total_BHW.at[:, rows, columns].add(map_BSS)
         times_HW[rows, columns] += 1
-    return total_BHW / times_HW[None]
+    return total_BHW / times_HW.reshape(1, height, width, *(1 for _ in channels))
 
 
-def window_starts(height: int, width: int, count: int | None = None) -> tuple[int, ...]:
-    """First pixel, along the long side, of each square window: evenly spaced from 0 to long - short.
-
-    The published stride (long - short) // (count - 1) is met where it divides; elsewhere the starts are rounded, so
-    that the last window still ends at the border.
-
-    Raises:
-        ValueError: `count` windows leave gaps or `count` is below 1.
-    """
+def window_starts(height: int, width: int) -> tuple[int, ...]:
+    """First pixel, along the long side, of each square window: as few as cover it, evenly from 0 to long - short."""
     short, long = sorted((height, width))
-    if short == long and (count is None or count >= 1):
-        return (0,)
-    fewest = -(-long // short)
-    if count is None:
-        count = fewest
-    if count < fewest:
-        raise ValueError(
-            f"{count} windows of {short}x{short} do not cover a {height}x{width} image; use at least {fewest} (or None)"
-        )
-    return tuple(round(i * (long - short) / (count - 1)) for i in range(count))
+    last = -(-long // short) - 1
+    return tuple(round(i * (long - short) / last) for i in range(last + 1)) if last else (0,)

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from aitok_jax.config import flatten, to_json
+from aitok_jax.config import flatten, ordered, to_json, translated
 from aitok_jax.training.state import TrainState
 
 LOG = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def save_best(
       ValueError: `metrics` has no such metric.
       DamagedError: what is there cannot be read.
     """
-    name, sign = config.get("best_metric"), {"min": -1.0, "max": 1.0}[config.get("best_mode", "min")]
+    name, sign = config.best_metric, {"min": -1.0, "max": 1.0}[config.best_mode]
     if not name:
         return
     if name not in metrics:
@@ -229,7 +229,7 @@ def _put_aside(manager: ocp.CheckpointManager, errors: Mapping[Path, Exception],
 
 
 def _check_same_run(saved: Mapping, config: ConfigDict, where: Path) -> None:
-    old, new = flatten(saved), flatten(json.loads(to_json(config)))
+    old, new = (flatten(json.loads(to_json(translated(values)))) for values in (saved, config))
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
     lines = {key: f"config.{key}: {a!r} there, {b!r} now" for key, (a, b) in changed.items()}
     fixed = [line for key, line in lines.items() if _is_fixed(key)]
@@ -307,7 +307,7 @@ def _load(folder: Path, step: int) -> tuple[ConfigDict, dict[str, Any]]:
         restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
         items = manager.restore(step, args=ocp.args.Composite(inference=restore, config=ocp.args.JsonRestore()))
     weights = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float16 else x, items.inference)
-    return ConfigDict(items.config).lock(), weights
+    return ordered(items.config).lock(), weights
 
 
 def latest_step(path: str | Path) -> int:

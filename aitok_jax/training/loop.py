@@ -1,4 +1,4 @@
-"""The training loop, for tokenizers and solvers alike; it knows no task, only the protocol in `tasks/base.py`.
+"""The training loop, for tokenizers and solvers alike; it knows no task, only the protocols in `tasks/base.py`.
 
 A run is validate -> mesh -> task -> data -> state (new or restored) -> compiled step -> loop -> evaluation, and leaves
 config.json, env.json, metrics.jsonl, metrics.json, checkpoints/, panels/ and TensorBoard events in its directory. The
@@ -24,8 +24,9 @@ from tqdm import tqdm
 from aitok_jax import evaluators
 from aitok_jax.data import pipeline
 from aitok_jax.parallel import overview, sharding
+from aitok_jax.tasks.solver import part_prefix
 from aitok_jax.training import accumulate, checkpoint, optim, preemption, run_dir, warm_start
-from aitok_jax.training.setup import Run, prepare
+from aitok_jax.training.setup import Run, set_up
 from aitok_jax.training.state import TrainState
 
 LOG = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       OSError: the directory cannot be written to, or no checkpoint in it can be read.
       preemption.Stopped: a signal came; the state is saved.
     """
-    run = prepare(config, workdir)
+    run = set_up(config, workdir)
+    config = run.config
     with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as manager:
         start = manager.latest_step() or 0
         run.folder.check_data({name: data.fingerprint() for name, data in run.data.items()}, start)
@@ -58,7 +60,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             batches, _ = first_batches(run, start)
         run.folder.write_json("config.json", config.to_dict())
         run.folder.write_json("env.json", run_dir.environment(run.mesh))
-        with run.folder.logging(start, sum(run.each("batch_size").values())):
+        with run.folder.logging(start, sum(config.batch_size.values())):
             if start < config.train_steps:
                 run.folder.remove("metrics.json")  # of a shorter run; while it is there, a stage counts as finished
                 step = _compile(make_step(run, optimizer, shardings), state, example, random_key(config))
@@ -72,7 +74,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """Evaluates the latest checkpoint in `workdir` without training; returns and writes the metrics as `train` does."""
     _, variables = checkpoint.load_inference(workdir)
-    run = prepare(config, workdir)
+    run = set_up(config, workdir)
     variables = _put(variables, sharding.state_shardings(variables, run.mesh))
     metrics = evaluate_all(run, variables["params"], variables["model_state"])
     run.folder.write_json("metrics.json", metrics)
@@ -93,11 +95,8 @@ def first_batches(run: Run, start: int) -> tuple[Iterator[dict], Batch]:
             process_count=jax.process_count(),
         )
 
-    each = {name: part_batches(name, size) for name, size in run.each("batch_size").items()}
-    if run.joint:
-        batches = (dict(zip(each, rows, strict=True)) for rows in zip(*each.values(), strict=True))
-    else:
-        (batches,) = each.values()
+    each = {name: part_batches(name, run.config.batch_size[name]) for name in run.task.parts}
+    batches = (dict(zip(each, rows, strict=True)) for rows in zip(*each.values(), strict=True))
     first = next(batches)
     return itertools.chain([first], batches), sharding.shard_batch(first, run.mesh)
 
@@ -113,8 +112,7 @@ def restore_or_init(
         return {"params": params, "model_state": model_state}
 
     def create(variables):
-        ema_decay = run.config.get("ema_decay", 0.0)
-        return TrainState.create(variables["params"], variables["model_state"], optimizer, ema_decay)
+        return TrainState.create(variables["params"], variables["model_state"], optimizer, run.config.ema_decay)
 
     key = random_key(run.config)
     abstract = jax.eval_shape(create, jax.eval_shape(init, example, key))
@@ -144,15 +142,13 @@ def _put(tree: Any, shardings: Any) -> Any:
 def make_step(run: Run, optimizer: optax.GradientTransformation, shardings: TrainState) -> Step:
     """The jitted step (state, batch, `random_key`) -> (state, metrics). The state given in is donated."""
     schedule = optim.make_schedule(run.config.optim, run.config.train_steps)
-    ema_decay = run.config.get("ema_decay", 0.0)
-    micro_batches = run.config.get("accumulate", 1)
-    gradient = accumulate.value_and_grad(run.task, micro_batches, run.mesh, shardings.params)
+    gradient = accumulate.value_and_grad(run.task, run.config.accumulate, run.mesh, shardings.params)
 
     def step(state, batch, key):
         rng = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
         (loss, (metrics, model_state)), grads = gradient(state.params, state.model_state, batch, rng)
         own = {"loss": loss, "learning_rate": schedule(state.step), "grad_norm": optax.global_norm(grads)}
-        return state.apply_gradients(grads, model_state, optimizer, ema_decay), metrics | own
+        return state.apply_gradients(grads, model_state, optimizer, run.config.ema_decay), metrics | own
 
     return jax.jit(
         step,
@@ -224,7 +220,7 @@ def _evaluate_between(run: Run, manager: ocp.CheckpointManager, state: TrainStat
         return
     with preemption.deferred(lambda: checkpoint.finish(manager)):
         metrics = {}
-        for name in run.parts:
+        for name in run.task.parts:
             metrics |= _evaluate(run, name, state.inference_params, state.model_state)
         _record(run, state, metrics)
 
@@ -260,8 +256,8 @@ def check_finite(step: int, metrics: dict[str, Any]) -> None:
 def evaluate_all(run: Run, params: Any, model_state: Any) -> dict[str, float]:
     """The final evaluation, of the task and of its variants: flat names to numbers."""
     metrics = {}
-    for name in run.parts:
-        metrics |= _evaluate(run, name, params, model_state, baseline=run.config.get("eval_baseline", False))
+    for name in run.task.parts:
+        metrics |= _evaluate(run, name, params, model_state, baseline=run.config.eval_baseline)
         for variant in run.variants[name]:
             metrics |= _evaluate(run, name, params, model_state, variant)
     return {name: float(value) for name, value in metrics.items()}
@@ -271,13 +267,13 @@ def _evaluate(
     run: Run, part: str, params: Any, model_state: Any, variant: str = "", baseline: bool = False
 ) -> dict[str, float]:
     return evaluators.evaluate(
-        run.variants[part][variant] if variant else run.parts[part],
+        run.variants[part][variant] if variant else run.task.parts[part],
         params,
         model_state,
         run.data[part],
-        batch_size=run.each("eval_batch_size")[part],
+        batch_size=run.config.eval_batch_size[part],
         mesh=run.mesh,
         prefix=variant or part,
         baseline=baseline,
-        panels_dir=None if variant else run.folder.panels / (part if run.joint else ""),
+        panels_dir=None if variant else run.folder.panels / part_prefix(run.task, part),
     )

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: mesh, task, data, and a configuration that can work."""
+"""The set-up of a run, before its first step: mesh, task, data, and a configuration that can work."""
 
 import dataclasses
 import itertools
@@ -12,13 +12,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from aitok_jax import tasks
-from aitok_jax.config import unknown
-from aitok_jax.data import pipeline
+from aitok_jax.config import translated, unknown
+from aitok_jax.data import datasets
 from aitok_jax.parallel import sharding
+from aitok_jax.tasks.solver import part_prefix
 from aitok_jax.training import checkpoint, optim, run_dir
 
 _REQUIRED = ("name", "seed", "task", "data", "batch_size", "eval_batch_size", "train_steps", "log_every", "eval_every")
 _REQUIRED += ("checkpoint_every", "keep_checkpoints", "optim")
+_LEAST = {"train_steps": 1, "log_every": 1, "keep_checkpoints": 1, "eval_every": 0, "checkpoint_every": 0}
 _HOURS_TO_RENDER = 24
 _barriers = itertools.count()
 
@@ -27,73 +29,65 @@ _barriers = itertools.count()
 class Run:
     """What stays the same during a run.
 
-    A joint task has several parts, with data and metrics of their own; any other task is its only part, named as the
-    run. `variants` are, by part, tasks with other fields, evaluated at the end.
+    Attributes:
+      config: with a task made of parts; `data`, `batch_size`, `eval_batch_size` and `eval_variants` are by part.
+      variants: by part, tasks' parts with other fields, evaluated at the end.
+      data: by part.
     """
 
     config: ConfigDict
     folder: run_dir.RunDir
     mesh: Mesh
     task: tasks.Task
-    parts: dict[str, tasks.Task]
-    variants: dict[str, dict[str, tasks.Task]]
-    data: dict[str, pipeline.Data]
-
-    def each(self, key: str) -> dict[str, Any]:
-        """A value of the configuration that a joint task has one of for every part."""
-        return dict(self.config[key]) if self.joint else {self.config.name: self.config[key]}
-
-    @property
-    def joint(self) -> bool:
-        return hasattr(self.task, "parts")
+    variants: dict[str, dict[str, Any]]
+    data: dict[str, datasets.Data]
 
 
-def prepare(config: ConfigDict, workdir: str | Path) -> Run:
+def set_up(config: ConfigDict, workdir: str | Path) -> Run:
     """Mesh, task and data of a configuration. ValueError for all that can be wrong with it, before time is spent."""
     missing = [key for key in _REQUIRED if key not in config]
     if missing:
         raise ValueError(f"config: {', '.join(missing)} must be given")
-    least = {"train_steps": 1, "log_every": 1, "keep_checkpoints": 1, "eval_every": 0, "checkpoint_every": 0}
-    micro_batches = config.get("accumulate", 1)
-    for key, value in least.items():
-        if config[key] < value:
-            raise ValueError(f"{key}={config[key]} must be at least {value}")
-    if config.get("best_mode", "min") not in ("min", "max"):
-        raise ValueError(f"best_mode={config.best_mode!r} must be 'min' or 'max'")
-    if micro_batches < 1:
-        raise ValueError(f"accumulate={micro_batches} must be at least 1, the number of micro-batches of a step")
-    if not 0.0 <= config.get("ema_decay", 0.0) < 1.0:
-        raise ValueError(f"ema_decay={config.ema_decay} must be in [0, 1); 0 is off")
-    mesh = sharding.make_mesh(config.get("fsdp", 1))
+    config = translated(config)
+    _check_values(config)
+    mesh = sharding.make_mesh(config.fsdp)
     optim.make_optimizer(config.optim, config.train_steps)
     task = tasks.build(config.task)
-    parts = getattr(task, "parts", {config.name: task})
-    changes, configs = config.get("eval_variants") or {}, config.data
-    if not hasattr(task, "parts"):
-        changes, configs = {config.name: changes}, {config.name: configs}
-    variants = {name: _variants(part, changes.get(name) or {}) for name, part in parts.items()}
-    for name, part in parts.items():
-        _check_sizes(name, configs[name], part)
-    best = config.get("best_metric", "")
-    if best and best.split("/")[0] not in parts:
-        raise ValueError(f"best_metric={best!r} must begin with {' or '.join(f'{name}/' for name in parts)}")
-    run = Run(config, run_dir.RunDir(workdir), mesh, task, parts, variants, {})
-    _check_batch_sizes(run, micro_batches)
-    data = _build_data({name: configs[name] for name in parts})
-    for name, part in parts.items():
-        if part.evaluator == "objects":
+    variants = {name: _variants(part, config.eval_variants.get(name) or {}) for name, part in task.parts.items()}
+    for name, part in task.parts.items():
+        _check_sizes(name, config.data[name], part)
+    run = Run(config, run_dir.RunDir(workdir), mesh, task, variants, {})
+    _check_batch_sizes(run)
+    data = _build_data({name: config.data[name] for name in task.parts})
+    for name, part in task.parts.items():
+        if part.kind == "objects":
             _name_classes(config, part.vocabulary.num_classes, data[name].train)
     return dataclasses.replace(run, data=data)
 
 
-def _check_batch_sizes(run: Run, micro_batches: int) -> None:
+def _check_values(config: ConfigDict) -> None:
+    for key, value in _LEAST.items():
+        if config[key] < value:
+            raise ValueError(f"{key}={config[key]} must be at least {value}")
+    if config.best_mode not in ("min", "max"):
+        raise ValueError(f"best_mode={config.best_mode!r} must be 'min' or 'max'")
+    if config.accumulate < 1:
+        raise ValueError(f"accumulate={config.accumulate} must be at least 1, the number of micro-batches of a step")
+    if not 0.0 <= config.ema_decay < 1.0:
+        raise ValueError(f"ema_decay={config.ema_decay} must be in [0, 1); 0 is off")
+    parts = config.task.parts
+    if config.best_metric and config.best_metric.split("/")[0] not in parts:
+        raise ValueError(f"best_metric={config.best_metric!r} must begin with {' or '.join(f'{n}/' for n in parts)}")
+
+
+def _check_batch_sizes(run: Run) -> None:
     """ValueError where a batch cannot be split over the devices, of which there may have been more before."""
-    for size in run.each("eval_batch_size").values():
+    for size in run.config.eval_batch_size.values():
         sharding.check_batch_size(size, run.mesh, "eval_batch_size")
-    for part, size in run.each("batch_size").items():
+    for part, size in run.config.batch_size.items():
         try:
-            name = f"batch_size.{part}" if run.joint else "batch_size"
-            sharding.check_batch_size(size, run.mesh, name, micro_batches)
+            name = f"batch_size.{part_prefix(run.task, part)}".rstrip("./")
+            sharding.check_batch_size(size, run.mesh, name, run.config.accumulate)
         except ValueError as error:
             if checkpoint.latest_step(run.folder.path) < 0:
                 raise
@@ -103,24 +97,24 @@ def _check_batch_sizes(run: Run, micro_batches: int) -> None:
             ) from None
 
 
-def _build_data(configs: Mapping[str, ConfigDict]) -> dict[str, pipeline.Data]:
+def _build_data(configs: Mapping[str, ConfigDict]) -> dict[str, datasets.Data]:
     """The data of each part. Scenes that have to be rendered are the first host's work; the others wait for it."""
     first = jax.process_index() == 0
-    data = {name: pipeline.build(config) for name, config in configs.items()} if first else {}
+    data = {name: datasets.build(config) for name, config in configs.items()} if first else {}
     if jax.process_count() > 1:  # no collective: those give up after half a minute
         wait = ocp.multihost.get_barrier_sync_fn()
         wait(key=f"data {next(_barriers)}", timeout_ms=_HOURS_TO_RENDER * 3_600_000)
-    return data or {name: pipeline.build(config) for name, config in configs.items()}
+    return data or {name: datasets.build(config) for name, config in configs.items()}
 
 
-def _check_sizes(name: str, data: Mapping, task: tasks.Task) -> None:
-    """ValueError where the data would come in other sizes than the task reads."""
+def _check_sizes(name: str, data: Mapping, part: Any) -> None:
+    """ValueError where the data would come in other sizes than the part reads."""
     pairs = {"size": "image_size", "num_objects": "num_objects"}
-    if getattr(task, "mask_tokens", 0):
+    if getattr(part, "mask_tokens", 0):
         pairs["mask_size"] = "mask_size"
     for given, field in pairs.items():
-        wanted = getattr(task, field, None)
-        if wanted is not None and data.get(given, wanted) != wanted:
+        wanted = getattr(part, field, None)
+        if wanted is not None and given in data and data[given] != wanted:
             raise ValueError(f"{name}: data.{given}={data[given]} must be task.{field}={wanted}; change one of them")
 
 
@@ -132,14 +126,15 @@ def _name_classes(config: ConfigDict, num_classes: int, source: Any) -> None:
             "raise that"
         )
     pairs = zip(source.category_ids, source.categories, strict=True)
-    with config.unlocked():
-        config.categories = [{"id": number, "name": name} for number, name in pairs]
+    config.categories = [{"id": number, "name": name} for number, name in pairs]
 
 
-def _variants(task: tasks.Task, changes: Mapping) -> dict[str, tasks.Task]:
-    fields = [field.name for field in dataclasses.fields(task)]
+def _variants(part: Any, changes: Mapping) -> dict[str, Any]:
+    if not changes:
+        return {}
+    fields = [field.name for field in dataclasses.fields(part)]
     for prefix, values in changes.items():
         for key in values:
             if key not in fields:
                 raise ValueError(f"eval_variants.{prefix}: {unknown(key, fields)}")
-    return {prefix: dataclasses.replace(task, **dict(values.items())) for prefix, values in changes.items()}
+    return {prefix: dataclasses.replace(part, **dict(values.items())) for prefix, values in changes.items()}

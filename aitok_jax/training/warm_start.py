@@ -85,13 +85,13 @@ def merge(target: Mapping, source: Mapping, prefix: str = "") -> tuple[dict, Mer
 
 
 def start_from(variables: dict, config: ConfigDict) -> dict:
-    """Takes over weights of other runs, as `config.start_from` says, and logs what was used.
+    """Takes over weights of other runs, one entry of `config.start_from` after the other, and logs what was used.
 
     Raises:
       ValueError: weights that do not fit, or a part of `model_state`, which is never trained, that stays without.
     """
     sources: dict[str, dict] = {}
-    for prefix, path in (config.get("start_from") or {}).items():
+    for prefix, path in config.start_from.items():
         if not path:
             if prefix.startswith("model_state"):
                 raise ValueError(f"start_from: {prefix!r} is never trained; give the run directory of its tokenizer")

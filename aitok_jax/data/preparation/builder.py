@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from aitok_jax.data.sources.nyu import READ_ERRORS, DataError
+from aitok_jax.data.sources.files import READ_ERRORS, DataError
 
 Line = dict[str, Any]
 Example = dict[str, Any]

@@ -6,7 +6,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from aitok_jax.data.preparation.builder import Example, Line, PreparedBuilder
-from aitok_jax.data.sources import coco, nyu
+from aitok_jax.data.sources import coco
+from aitok_jax.data.sources.files import digest, read_file
 
 
 class CocoInstances(PreparedBuilder, skip_registration=True):
@@ -54,7 +55,7 @@ def load(line: Line) -> tuple[Example, Line]:
     """
     entry, annotations = line["entry"], line["annotations"]
     height, width = entry["height"], entry["width"]
-    image = nyu.read_file(line["path"])
+    image = read_file(line["path"])
     coco.decode_sized(image, height, width, line["json"])
     coco.decode_masks(annotations, height, width, line["json"])
     coded = [annotation | {"segmentation": _code(annotation, height, width)} for annotation in annotations]
@@ -70,7 +71,7 @@ def load(line: Line) -> tuple[Example, Line]:
         for annotation, label in zip(coded, line["labels"], strict=True)
     ]
     example = {"id": entry["id"], "image": image.content, "objects": objects}
-    return example, {"image": nyu.digest(image.content), "entry": entry, "annotations": coded}
+    return example, {"image": digest(image.content), "entry": entry, "annotations": coded}
 
 
 def _code(annotation: coco.Annotation, height: int, width: int) -> dict[str, Any]:

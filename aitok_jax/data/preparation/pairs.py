@@ -4,7 +4,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from aitok_jax.data.preparation.builder import Example, Line, PreparedBuilder
-from aitok_jax.data.sources import nyu
+from aitok_jax.data.sources.files import digest, read_file
+from aitok_jax.data.sources.pairs import decode_pair
+from aitok_jax.tasks.modalities.depth import Depth
 
 
 class NyuPairs(PreparedBuilder, skip_registration=True):
@@ -29,7 +31,7 @@ class NyuPairs(PreparedBuilder, skip_registration=True):
 
 def load(line: Line) -> tuple[Example, Line]:
     """From the paths `image` and `depth`."""
-    image, depth = nyu.read_file(line["image"]), nyu.read_file(line["depth"])
-    nyu.decode_pair(depth, image)
-    hashes = {"image": nyu.digest(image.content), "depth": nyu.digest(depth.content)}
+    image, depth = read_file(line["image"]), read_file(line["depth"])
+    decode_pair(Depth(), depth, image)
+    hashes = {"image": digest(image.content), "depth": digest(depth.content)}
     return {"image": image.content, "depth": depth.content}, hashes

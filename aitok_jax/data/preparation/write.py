@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from aitok_jax.data.preparation.builder import Line, PreparedBuilder, check_broken, problems, read_reports
 from aitok_jax.data.sources import prepared
-from aitok_jax.data.sources.nyu import DataError
+from aitok_jax.data.sources.files import DataError
 
 
 @dataclasses.dataclass(frozen=True)

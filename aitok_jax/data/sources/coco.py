@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from aitok_jax.data.sources.nyu import DataError, File, Skipping, decode_image, digest, read_file
+from aitok_jax.data.sources.files import DataError, File, Skipping, decode_image, digest, read_file
 
 Annotation = dict[str, Any]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from aitok_jax.data.sources.nyu import DataError
+from aitok_jax.data.sources.files import DataError
 
 
 class Mixture:
@@ -22,6 +22,7 @@ class Mixture:
         self._sources, self._count = (first, second), count
         self.names = [*first.names, *second.names]
         self.images, self.on_error = getattr(first, "images", True), first.on_error
+        self.modality = getattr(first, "modality", None)
         if hasattr(first, "categories"):
             self.categories, self.category_ids = first.categories, first.category_ids
             if (second.categories, second.category_ids) != (self.categories, self.category_ids):
@@ -42,7 +43,7 @@ class Mixture:
         return source.read(place)
 
     def read_readable(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
-        """As in `nyu.Skipping`; the one that takes a broken example's place is of the same source."""
+        """As in `files.Skipping`; the one that takes a broken example's place is of the same source."""
         source, place, offset = self._at(index)
         used, example = source.read_readable(place)
         return offset + used, example

@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from aitok_jax.data.sources import coco, nyu
-from aitok_jax.data.sources.nyu import DataError, File
+from aitok_jax.data.sources import coco
+from aitok_jax.data.sources.files import DataError, File, decode_image
+from aitok_jax.data.sources.pairs import PairSource
 from aitok_jax.data.sources.records import Records, read_info
+from aitok_jax.tasks.modalities.depth import Depth
 
+MODALITY = Depth()
+"""Of the maps that can be prepared."""
 NYU, COCO, TFDS_NYU = "nyu_pairs", "coco_instances", "nyu_depth_v2"
 _NAMES = {"nyu": (NYU, TFDS_NYU), "coco": (COCO,)}
 _SPLITS = {NYU: ("train", "test"), COCO: ("train", "test"), TFDS_NYU: ("train", "validation")}
@@ -40,7 +44,7 @@ def find(root: str | Path, kind: str) -> Path | None:
     return found[0] if found else None
 
 
-def nyu_sources(folder: Path, *, train_images: bool, counts: tuple[int, int], **options: Any) -> list[nyu.DepthSource]:
+def nyu_sources(folder: Path, *, train_images: bool, counts: tuple[int, int], **options: Any) -> list[PairSource]:
     """The sources to train and to evaluate on; `counts` are those expected of each, 0 = any.
 
     Args:
@@ -53,7 +57,7 @@ def nyu_sources(folder: Path, *, train_images: bool, counts: tuple[int, int], **
     return [make(folder, split, images=images, expected_count=count, **options) for split, images, count in parts]
 
 
-class PreparedNyu(nyu.DepthSource):
+class PreparedNyu(PairSource):
     """Pairs as `nyu.NyuSource` gives them, from `prepare nyu`, `scenes` or `folder`."""
 
     def __init__(
@@ -66,7 +70,7 @@ class PreparedNyu(nyu.DepthSource):
         images: bool = True,
         expected_count: int = 0,
     ):
-        super().__init__(on_error, cache=cache, images=images)
+        super().__init__(MODALITY, on_error, cache=cache, images=images)
         self._records = Records(folder, split, on_error)
         self.names = self._read_names(folder, split)
         if expected_count and len(self.names) != expected_count:
@@ -94,7 +98,7 @@ class TfdsNyu(PreparedNyu):
     def _decoded(self, index: int) -> dict[str, np.ndarray]:
         features = _features(self._records, index)
         values = features["depth"].float_list.value
-        image = nyu.decode_image(File(self._records.name(index), features["image"].bytes_list.value[0]))
+        image = decode_image(File(self._records.name(index), features["image"].bytes_list.value[0]))
         if len(values) != image.shape[0] * image.shape[1]:
             raise DataError(
                 f"{self._records.name(index)}: {len(values)} depths for an image of {image.shape[:2]} pixels"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aitok_jax.data.sources.nyu import DataError
+from aitok_jax.data.sources.files import DataError
 
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 _ADVICE = "copy it anew from where it was prepared, prepare the data again, or set on_error='skip'"

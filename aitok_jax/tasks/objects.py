@@ -1,23 +1,22 @@
-"""Instance segmentation and detection: objects of an image as a sequence of tokens (AIT.md sections 6.2 and 6.3)."""
+"""Objects of an image as a sequence of tokens: instance segmentation and detection (paper, sections 3.1 to 3.3)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from aitok_jax.config import build_dataclass
 from aitok_jax.models import losses
-from aitok_jax.models.decode_objects import DecodedObjects, check_decoding, decode_objects
+from aitok_jax.models.decode_objects import CLASS_SLOT, DecodedObjects, check_decoding, decode_objects
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.vqvae import VQVAE
-from aitok_jax.tasks import sequences, solving
-from aitok_jax.tasks.base import Batch, Tree
+from aitok_jax.tasks import from_scratch, sequences, solver
+from aitok_jax.tasks.base import Batch, Tree, apply_tokenizer, check_multiple, init_tokenizer
 from aitok_jax.tasks.tokenizer import check_masks
 from aitok_jax.tasks.vocabulary import Vocabulary
 
@@ -25,7 +24,7 @@ DETECTION_ID, INSTANCES_ID = 0, 1  # rows of the solver's task and position tabl
 
 
 @dataclasses.dataclass(frozen=True)
-class InstancesTask:
+class ObjectsPart:
     """Predicts boxes, classes and, with a tokenizer, masks of the objects in an image.
 
     The three uses of soft tokens are three switches: `soft_input`, `soft_detokenize` and `aux_weight`.
@@ -42,17 +41,14 @@ class InstancesTask:
         aux_weight: weight of dice + mse of the softly detokenized masks; 0 turns it off.
         aux_objects: the auxiliary loss looks at the first so many objects of an image.
         loss_weight: of the whole loss.
-        memory_weight: weight of the cross-entropy of an object's tokens read off every vector of the encoder's memory
-            by a linear layer, for the object there (`sequences.cell_tokens`); 0 as published. As `DepthTask`'s, it
-            teaches a backbone with random weights to see; prediction does not use it.
-        init_variance: as `DepthTask`'s.
+        memory_weight: see `from_scratch`; 0 as published.
         soft_input: feed the probability-weighted embedding after a mask token.
         soft_detokenize: decode the probability-weighted mask codes instead of the most probable ones.
         top_p: 0 decodes greedily; the published evaluation samples with 0.3, here with the image's id as the key.
         early_exit: stop decoding once the last so many objects of every image are noise; 0 decodes all.
     """
 
-    evaluator: ClassVar[str] = "objects"
+    kind: ClassVar[str] = "objects"
 
     solver: TaskSolver
     tokenizer: VQVAE | None
@@ -67,14 +63,13 @@ class InstancesTask:
     aux_objects: int = 100
     loss_weight: float = 1.0
     memory_weight: float = 0.0
-    init_variance: float = 0.0
     soft_input: bool = True
     soft_detokenize: bool = True
     top_p: float = 0.0
     early_exit: int = 0
 
     def __post_init__(self):
-        _check_layout(self)
+        _check(self)
 
     @property
     def task_id(self) -> int:
@@ -85,28 +80,33 @@ class InstancesTask:
         """Tokens of a mask; 0 for detection."""
         return 0 if self.tokenizer is None else (self.mask_size // self.tokenizer.downsample) ** 2
 
-    def init(self, rng: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
-        return solving.init({"instances": self}, rng, {"instances": batch})
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return ("detection",) if self.tokenizer is None else ("instances", "detection")
+
+    @property
+    def meanings(self) -> Mapping[str, str]:
+        return {
+            "boxes": "x1 y1 x2 y2 in pixels of the input",
+            "classes": "place in `categories`, counted from 0",
+            "scores": "probability of the class among all classes and the noise label",
+            "masks": "over the box; the mask is where it is at least 0.5",
+            "valid": "False: no object",
+        }
 
     def init_heads(self, rng: jax.Array) -> Tree:
         if not self.memory_weight:
             return {}
-        memory = jnp.zeros((1, 1, self.solver.transformer.dim))
-        return {"instances_memory_head": self._memory_head.init(rng, memory)["params"]}
+        dim = self.solver.transformer.dim
+        return {"instances_memory_head": from_scratch.init_head(self._length * dim, dim, rng)}
 
     def init_state(self, rng: jax.Array, batch: Batch) -> Tree:
         if self.tokenizer is None:
             return {}
         crop = jnp.zeros((1, self.mask_size, self.mask_size, 1))
-        return {"mask_tokenizer": solving.frozen_tokenizer(self.tokenizer, rng, crop)}
+        return {"mask_tokenizer": init_tokenizer(self.tokenizer, rng, crop)}
 
-    def loss(
-        self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
-        total, metrics = solving.loss({"": self}, params, model_state, {"": batch}, rng)
-        return total, (metrics[""], model_state)
-
-    def prepare(self, model_state: Tree, batch: Batch, rng: jax.Array) -> solving.Prepared:
+    def inputs(self, model_state: Tree, batch: Batch, rng: jax.Array) -> solver.Inputs:
         real_BN = batch["objects/kind"] == 0
         crops = batch["objects/crops"].astype(jnp.float32) if self.tokenizer else None
         codes = None if crops is None else self.encode_masks(model_state, crops)
@@ -117,7 +117,7 @@ class InstancesTask:
         inputs_BNL = sequences.corrupt_labels(rng, self.vocabulary, targets_BNL)
         tokens_BT = inputs_BNL.reshape(inputs_BNL.shape[0], -1)[:, :-1]
         counted_BNL = sequences.target_mask(real_BN, targets_BNL.shape[-1])
-        return solving.Prepared(solving.normalize(batch["image"]), tokens_BT, (targets_BNL, counted_BNL, crops))
+        return solver.Inputs(solver.normalize(batch["image"]), tokens_BT, (targets_BNL, counted_BNL, crops))
 
     def score(
         self, params: Tree, model_state: Tree, logits_BTV: jax.Array, memory_BMD: jax.Array, targets: tuple
@@ -126,33 +126,12 @@ class InstancesTask:
         loss, metrics = self.token_loss(model_state, logits_BNLV, *targets)
         if self.memory_weight:
             targets_BNL, counted_BNL, _ = targets
-            metrics["memory_loss"] = self._memory_loss(params, memory_BMD, targets_BNL, counted_BNL[..., 0])
+            head = params["instances_memory_head"]
+            metrics["memory_loss"] = from_scratch.object_loss(
+                head, self, params, memory_BMD, targets_BNL, counted_BNL[..., 0]
+            )
             loss += self.loss_weight * self.memory_weight * metrics["memory_loss"]
         return loss, metrics
-
-    @property
-    def _memory_head(self) -> nn.Dense:
-        return nn.Dense((sequences.CLASS_SLOT + 1 + self.mask_tokens) * self.solver.transformer.dim)
-
-    def _memory_loss(
-        self, params: Tree, memory_BMD: jax.Array, targets_BNL: jax.Array, real_BN: jax.Array
-    ) -> jax.Array:
-        """Mean cross-entropy of boxes and of masks where there is an object, plus that of the classes everywhere."""
-        vocabulary, slot = self.vocabulary, sequences.CLASS_SLOT
-        side = self.image_size // self.solver.backbone.stride
-        tokens_BML, covered_BM = sequences.cell_tokens(vocabulary, targets_BNL, real_BN, self.image_size, side)
-        x_BMD = self._memory_head.apply({"params": params["instances_memory_head"]}, memory_BMD)
-        window = slice(vocabulary.coordinates.start, vocabulary.mask_codes.stop)
-        logits_BMLV = self.solver.transformer.apply(
-            {"params": params["transformer"]}, x_BMD.reshape(*tokens_BML.shape, -1), window, method="logits"
-        )
-        ce_BML = optax.softmax_cross_entropy_with_integer_labels(logits_BMLV, tokens_BML)
-
-        def covered_mean(ce_BMn):
-            summed = jnp.sum(jnp.where(covered_BM[..., None], ce_BMn, 0.0))
-            return summed / jnp.maximum(jnp.sum(covered_BM) * ce_BMn.shape[-1], 1)
-
-        return covered_mean(ce_BML[..., :slot]) + jnp.mean(ce_BML[..., slot]) + covered_mean(ce_BML[..., slot + 1 :])
 
     def token_loss(
         self,
@@ -163,10 +142,10 @@ class InstancesTask:
         crops_BNSS: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Weighted cross-entropy over the whole vocabulary, summed and divided by the number of counted tokens, plus
-        the auxiliary loss times the share of mask tokens among them (AIT.md section 6.2).
+        the auxiliary loss times the share of mask tokens among them (paper, section 3.3).
         """
         ce_BNL = optax.softmax_cross_entropy_with_integer_labels(logits_BNLV.astype(jnp.float32), targets_BNL)
-        slot, total, metrics = sequences.CLASS_SLOT, 0.0, {}
+        slot, total, metrics = CLASS_SLOT, 0.0, {}
         kinds = {"box": slice(0, slot), "class": slice(slot, slot + 1), "mask": slice(slot + 1, None)}
         weights = {"box": self.box_weight, "class": self.class_weight, "mask": self.mask_weight}
         for kind in kinds if self.mask_tokens else ("box", "class"):
@@ -184,11 +163,16 @@ class InstancesTask:
     def _mask_loss(self, model_state, logits_BNmV, real_BN, crops_BNSS) -> jax.Array:
         """Dice + mse of the softly detokenized masks of real objects, averaged over them; 0 where there are none."""
         n = min(self.aux_objects, real_BN.shape[1])
-        soft = self.decode_soft(model_state, logits_BNmV[:, :n, :, self.vocabulary.mask_codes.slice])
+        soft = self.decode_soft(model_state, logits_BNmV[:, :n, :, self.vocabulary.codes_of("mask").slice])
         soft = soft.reshape(-1, self.mask_size, self.mask_size)
         crops, real = crops_BNSS[:, :n].reshape(soft.shape), real_BN[:, :n].reshape(-1)
         each = losses.dice(soft, crops) + jnp.mean(jnp.square(soft - crops), (1, 2))
         return jnp.sum(jnp.where(real, each, 0.0)) / jnp.maximum(jnp.sum(real), 1)
+
+    @property
+    def _length(self) -> int:
+        """Tokens of an object."""
+        return CLASS_SLOT + 1 + self.mask_tokens
 
     def encode_masks(self, model_state: Tree, crops_BNSS: jax.Array) -> jax.Array:
         """f32[B,N,S,S] masks in 0..1 -> int32[B,N,m] codes, row by row."""
@@ -223,11 +207,11 @@ class InstancesTask:
 
     def memory(self, params: Tree, images_BHWC: jax.Array) -> list:
         """Keys and values of padded images [B,S,S,3] in 0..1 for every decoder layer."""
-        return solving.memory(self.solver, params, solving.normalize(images_BHWC))
+        return solver.memory(self.solver, params, solver.normalize(images_BHWC))
 
     def detokenize(self, model_state: Tree, decoded: DecodedObjects) -> dict[str, jax.Array]:
         """The objects of decoded tokens, as `predict` returns them."""
-        vocabulary, slot = self.vocabulary, sequences.CLASS_SLOT
+        vocabulary, slot = self.vocabulary, CLASS_SLOT
         tokens_BNL = decoded.tokens
         outputs = {
             "boxes": sequences.boxes_of(vocabulary, tokens_BNL[..., :slot], self.image_size),
@@ -238,7 +222,7 @@ class InstancesTask:
         if self.mask_tokens and self.soft_detokenize:
             outputs["masks"] = self.decode_soft(model_state, decoded.mask_logits)
         elif self.mask_tokens:
-            codes = jnp.maximum(tokens_BNL[..., slot + 1 :] - vocabulary.mask_codes.start, 0)
+            codes = jnp.maximum(tokens_BNL[..., slot + 1 :] - vocabulary.codes_of("mask").start, 0)
             outputs["masks"] = self.decode_hard(model_state, codes)
         return outputs
 
@@ -272,50 +256,40 @@ class InstancesTask:
         )
 
     def _tokenizer(self, model_state: Tree, method: str, *args: jax.Array) -> jax.Array:
-        return solving.apply_frozen(self.tokenizer, model_state["mask_tokenizer"], method, *args)
+        return apply_tokenizer(self.tokenizer, model_state["mask_tokenizer"], method, *args)
 
 
-def _check_layout(task: InstancesTask) -> None:
-    transformer, tokenizer, vocabulary = task.solver.transformer, task.tokenizer, task.vocabulary
-    solving.check_multiple("image_size", task.image_size, "backbone stride", task.solver.backbone.stride)
+def _check(part: ObjectsPart) -> None:
+    transformer, tokenizer = part.solver.transformer, part.tokenizer
+    check_multiple("image_size", part.image_size, "backbone stride", part.solver.backbone.stride)
     if tokenizer is not None:
-        solving.check_multiple("mask_size", task.mask_size, "tokenizer.downsample", tokenizer.downsample)
+        check_multiple("mask_size", part.mask_size, "tokenizer.downsample", tokenizer.downsample)
         check_masks(tokenizer)
-        if tokenizer.num_codes != vocabulary.num_mask_codes:
+        codes = part.vocabulary.codes_of("mask").size
+        if tokenizer.num_codes != codes:
             raise ValueError(
-                f"tokenizer.num_codes={tokenizer.num_codes} must equal vocabulary.num_mask_codes="
-                f"{vocabulary.num_mask_codes}"
+                f"tokenizer.num_codes={tokenizer.num_codes} must equal the vocabulary's {codes} codes of mask"
             )
     for name in ("num_objects", "aux_objects"):
-        if getattr(task, name) < 1:
-            raise ValueError(f"{name}={getattr(task, name)} must be at least 1")
-    check_decoding(task.top_p, task.early_exit)
-    if transformer.num_tasks <= task.task_id:
-        raise ValueError(f"num_tasks={transformer.num_tasks} must be more than {task.task_id}, the row of the task")
-    solving.check_last_stage(task.solver.backbone)
-    length = task.num_objects * (sequences.CLASS_SLOT + 1 + task.mask_tokens)
+        if getattr(part, name) < 1:
+            raise ValueError(f"{name}={getattr(part, name)} must be at least 1")
+    check_decoding(part.top_p, part.early_exit)
+    length = part.num_objects * part._length
     if length > transformer.max_length:
         raise ValueError(
-            f"{task.num_objects} objects are {length} tokens, more than max_length={transformer.max_length}; "
+            f"{part.num_objects} objects are {length} tokens, more than max_length={transformer.max_length}; "
             "lower num_objects or raise max_length"
         )
-    if transformer.vocab_size != vocabulary.size:
-        raise ValueError(f"vocab_size={transformer.vocab_size} must equal the vocabulary's {vocabulary.size} tokens")
     if transformer.parallel:
         raise ValueError("objects are decoded step by step: transformer.parallel must be False")
 
 
-def build(fields: Mapping) -> InstancesTask:
-    """From `config.task`: `backbone`, `transformer`, `tokenizer` and `vocabulary` hold the fields of their classes.
+def build(fields: Mapping[str, Any], shared: Mapping[str, Any]) -> ObjectsPart:
+    """From a part of `config.task`; `tokenizer` holds the fields of `VQVAE`, None, or left out, is detection.
 
-    `tokenizer` None, or left out, is detection.
+    `shared` holds solver and vocabulary.
     """
-    fields = dict(fields)
-    tokenizer = fields.pop("tokenizer", None)
-    tokenizer = None if tokenizer is None else build_dataclass(VQVAE, tokenizer)
-    codes = {} if tokenizer is None else {"num_mask_codes": tokenizer.num_codes}
-    vocabulary = build_dataclass(Vocabulary, {**codes, **fields.pop("vocabulary", {})})
-    solver = solving.build_solver(fields, vocabulary)
-    return build_dataclass(
-        InstancesTask, {**fields, "solver": solver, "tokenizer": tokenizer, "vocabulary": vocabulary}
-    )
+    own = {"tokenizer": None, **fields}
+    if own["tokenizer"] is not None:
+        own["tokenizer"] = build_dataclass(VQVAE, own["tokenizer"])
+    return build_dataclass(ObjectsPart, {**own, **shared})

@@ -1,0 +1,161 @@
+"""The data of a run: sources to train and evaluate on, with their transforms, from `config.data`."""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from aitok_jax.config import unknown
+from aitok_jax.data import map_transforms, object_transforms
+from aitok_jax.data.pipeline import Source, Transform
+from aitok_jax.data.sources import coco, mixture, nyu, prepared
+from aitok_jax.data.sources.files import DataError
+from aitok_jax.tasks.modalities import MODALITIES
+
+RECIPES = ("tokenizer", "solver")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run reads: sources to train and evaluate on, with their transforms."""
+
+    train: Source
+    eval: Source
+    train_transform: Transform
+    eval_transform: Transform
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """What must stay the same for a run to go on: numbers of examples, and hashes of names and annotations."""
+        return {"train": self.train.fingerprint(), "eval": self.eval.fingerprint()}
+
+
+def build(config: Any) -> Data:
+    """Sources and transforms of a run from `config.data`.
+
+    Keys of all: name, root, on_error, cache, expected_train, expected_test (examples; 0 = any), render ({} or the
+    arguments of `scenes.ensure`: train, test, height, width, seed, format); also_root and also_count: that many
+    training examples of every batch are of the data there, laid out in the same way, 0 = none.
+    'nyu': modality (which maps; 'depth'), train_list, test_list ('' = look through the folder), train_subfolder,
+    test_subfolder, size (crop side), recipe ('tokenizer' | 'solver'), columns, color, cutdepth.
+    'coco': train_images, test_images (folders), train_annotations, test_annotations (JSONs; all relative to root),
+    size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high), order (object_transforms.ORDERS).
+    'coco_masks': folders and JSONs as 'coco', mask_size.
+
+    Where root (or root/NAME/VERSION) is prepared data, of `aitok_jax.data.prepare` or TFDS's `nyu_depth_v2`, that is
+    read, with the same batches as from the raw folders; folders and JSONs were chosen in preparing and are not looked
+    at, and lists or render are an error.
+    """
+    builders = {"nyu": _nyu, "coco": _coco, "coco_masks": _coco_masks}
+    if config.name not in builders:
+        raise ValueError(
+            f"data.name={config.name!r} must be 'nyu' (NYUv2, or any folder in its layout), 'coco' (images with an "
+            "instances JSON) or 'coco_masks' (the masks of one)"
+        )
+    data = builders[config.name](config)
+    if count := config.also_count:
+        changes = {"root": config.also_root, "expected_train": 0, "expected_test": 0, "render": {}}
+        if config.name == "nyu" and _find(config, config.also_root):
+            changes |= {"train_list": "", "test_list": ""}
+        also = builders[config.name](ConfigDict({**config, **changes}))
+        data = dataclasses.replace(data, train=mixture.Mixture(data.train, also.train, count))
+    return data
+
+
+def _nyu(config: Any) -> Data:
+    if config.recipe not in RECIPES:
+        raise ValueError(f"data.recipe={config.recipe!r} must be one of {RECIPES}")
+    if config.modality not in MODALITIES:
+        raise ValueError(f"data.modality: {unknown(config.modality, MODALITIES)}")
+    modality = MODALITIES[config.modality]()
+    if config.recipe == "tokenizer":
+        train_transform = map_transforms.tokenizer_train(modality, config.size, tuple(config.columns))
+    else:
+        train_transform = map_transforms.solver_train(modality, config.size, config.color, config.cutdepth)
+    eval_transform = map_transforms.evaluation(modality)
+    train_images, counts = config.recipe != "tokenizer", (config.expected_train, config.expected_test)
+    options = {"on_error": config.on_error, "cache": config.cache}
+    if folder := _prepared(config):
+        train, test = prepared.nyu_sources(folder, train_images=train_images, counts=counts, **options)
+        return Data(train, test, train_transform, eval_transform)
+    _render(config)
+    source = functools.partial(nyu.NyuSource, modality, config.root, **options)
+    train = source(
+        config.train_list, subfolder=config.train_subfolder, images=train_images, expected_count=config.expected_train
+    )
+    test = source(config.test_list, subfolder=config.test_subfolder, expected_count=config.expected_test)
+    return Data(train, test, train_transform, eval_transform)
+
+
+def _coco(config: Any) -> Data:
+    train_transform = object_transforms.training(
+        config.size, config.num_objects, config.mask_size, tuple(config.jitter), config.order
+    )
+    counts = config.expected_train, config.expected_test
+    train, test = _coco_sources(config, *counts, masks=config.mask_size > 0, cache=config.cache)
+    return Data(train, test, train_transform, object_transforms.evaluation(config.size))
+
+
+def _coco_masks(config: Any) -> Data:
+    sources = _coco_sources(config)
+    train, test = (
+        coco.MaskSource(source, size=config.mask_size, cache=config.cache, expected_count=count)
+        for source, count in zip(sources, (config.expected_train, config.expected_test), strict=True)
+    )
+    transform = functools.partial(object_transforms.instance, config.mask_size)
+    return Data(train, test, transform(train=True), transform(train=False))
+
+
+def _coco_sources(
+    config: Any, expected_train: int = 0, expected_test: int = 0, **options: Any
+) -> tuple[coco.CocoSource, coco.CocoSource]:
+    """The sources to train and to evaluate on, which must have the same categories."""
+    options["on_error"] = config.on_error
+    if folder := _prepared(config):
+        source = functools.partial(prepared.PreparedCoco, folder, **options)
+        places = ("train",), ("test",)
+    else:
+        _render(config, format="coco")
+        root, source = Path(config.root), functools.partial(coco.CocoSource, **options)
+        places = (
+            (root / config.train_images, root / config.train_annotations),
+            (root / config.test_images, root / config.test_annotations),
+        )
+    trained = source(*places[0], with_objects=True, expected_count=expected_train)
+    tested = source(*places[1], expected_count=expected_test)
+    if (trained.category_ids, trained.categories) != (tested.category_ids, tested.categories):
+        raise DataError(
+            f"{trained.path} lists {len(trained.categories)} categories and {tested.path} {len(tested.categories)}, "
+            "not the same ones; class numbers would differ: give both the same list"
+        )
+    return trained, tested
+
+
+def _prepared(config: Any) -> Path | None:
+    """The folder of prepared data, where root has some."""
+    folder = _find(config, config.root)
+    chosen = [key for key in ("train_list", "test_list", "render") if key in config] if folder else []
+    for key in chosen:
+        if config[key]:
+            raise ValueError(
+                f"data.{key} has no effect on the prepared data in {folder}; choose in preparing, or "
+                "set data.root to the raw folder"
+            )
+    return folder
+
+
+def _find(config: Any, root: str) -> Path | None:
+    """Prepared data of the configuration's kind; of maps, those of one modality can be."""
+    if config.name == "nyu" and config.modality != prepared.MODALITY.name:
+        return None
+    return prepared.find(root, "nyu" if config.name == "nyu" else "coco")
+
+
+def _render(config: Any, **defaults: Any) -> None:
+    """Makes the built-in scenes, where asked for."""
+    if config.render:
+        from aitok_jax.data import scenes
+
+        scenes.ensure(config.root, **{"workers": os.cpu_count() or 1, **defaults, **config.render})

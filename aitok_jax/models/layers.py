@@ -1,0 +1,95 @@
+"""What backbone and transformer are both made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+INIT_STD = 0.02  # of linear layers and embeddings
+trunc_normal = nn.initializers.truncated_normal(INIT_STD)
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a block keeps for the backward pass: everything; the outputs of linear layers; only what goes into it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    """Of a block.
+
+    Attributes:
+        dim: channels in and out.
+        num_heads: of the attention; divides `dim`.
+        hidden: channels inside the MLP.
+        drop_path, dropout: probabilities, of a whole branch and inside the MLP.
+        dtype, param_dtype: of arithmetic and of parameters.
+    """
+
+    dim: int
+    num_heads: int
+    hidden: int
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def dense(self, features: int, name: str | None = None, use_bias: bool = True) -> nn.Dense:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return nn.Dense(features, use_bias=use_bias, kernel_init=trunc_normal, **dtypes, name=name)
+
+    def norm(self, epsilon: float, name: str | None = None) -> nn.LayerNorm:
+        """In float32."""
+        return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, param_dtype=self.param_dtype, name=name)
+
+    def cast_norm(self, epsilon: float, name: str | None = None) -> Callable[[jax.Array], jax.Array]:
+        """The same, with its result in `dtype`."""
+        layer = self.norm(epsilon, name)
+        return lambda x: layer(x).astype(self.dtype)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the branch of whole examples with probability `rate`; rng stream `dropout`."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or self.rate == 0.0:
+            return x
+        keep = 1 - self.rate
+        mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return x * mask.astype(x.dtype) / keep
+
+
+class Mlp(nn.Module):
+    """Linear → exact GELU → dropout → Linear."""
+
+    widths: Widths
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        y = jax.nn.gelu(self.widths.dense(self.widths.hidden, "fc1")(x), approximate=False)
+        y = nn.Dropout(self.widths.dropout, deterministic=not train)(y)
+        return self.widths.dense(x.shape[-1], "fc2")(y)
+
+
+def check_remat(remat: str) -> None:
+    """ValueError where REMAT has no such policy."""
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} must be one of {', '.join(REMAT)}")
+
+
+def rematerialized(block: type[nn.Module], remat: str, train_argument: int) -> type[nn.Module]:
+    """The class of a block under a policy of REMAT; names and values of its parameters stay.
+
+    Args:
+        block: its `__call__` has `train` as the argument of this number, counted from 1.
+    """
+    policy = REMAT[remat]
+    return block if policy is None else nn.remat(block, policy=policy, static_argnums=(train_argument,))
