@@ -1,4 +1,4 @@
-"""aitok_jax: depth maps and instance masks as tokens, predicted by one soft-token solver (arXiv 2301.02229)."""
+"""aitok_jax: dense maps and instance masks as tokens, predicted by one soft-token solver (arXiv 2301.02229)."""
 
 import importlib
 

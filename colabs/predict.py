@@ -27,9 +27,10 @@ from PIL import Image
 
 from aitok_jax import Predictor
 from aitok_jax.data import scenes
+from aitok_jax.image import read_image
 from aitok_jax.predict import pointcloud
-from aitok_jax.predict.predictor import read_image
-from aitok_jax.visualize import depth_panel, objects_panel
+from aitok_jax.tasks.modalities.depth import Depth
+from aitok_jax.visualize import map_panel, objects_panel
 
 
 def show(picture):
@@ -66,7 +67,7 @@ truth = scene.depth if PHOTO is None else None
 
 # %%
 result = predictor(image, task="depth")
-show(depth_panel(image, result["depth"], truth=truth, confidence=result["confidence"]))
+show(map_panel(Depth(), image, result["depth"], truth=truth, confidence=result["confidence"]))
 
 # %% [markdown]
 # ## Objects

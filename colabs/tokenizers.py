@@ -26,8 +26,9 @@ from PIL import Image
 from aitok_jax import DepthTokenizer, MaskTokenizer
 from aitok_jax.data import scenes
 from aitok_jax.data.object_transforms import crop_masks
+from aitok_jax.tasks.modalities.depth import Depth
 from aitok_jax.tokenizers import parse_text, write_text
-from aitok_jax.visualize import depth_panel
+from aitok_jax.visualize import map_panel
 
 
 def show(picture):
@@ -50,7 +51,7 @@ print(ids.reshape(rows, columns))
 
 # %%
 decoded = tokenizer.decode(ids)
-show(depth_panel(scene.image, decoded, truth=scene.depth))
+show(map_panel(Depth(), scene.image, decoded, truth=scene.depth))
 
 # %% [markdown]
 # ## What a code stands for

@@ -25,13 +25,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
-from ml_collections import ConfigDict
 from PIL import Image
 
 from aitok_jax import Predictor, tasks
+from aitok_jax.config import ordered
 from aitok_jax.data import scenes
+from aitok_jax.tasks.modalities.depth import Depth
 from aitok_jax.training import checkpoint, loop
-from aitok_jax.visualize import depth_panel
+from aitok_jax.visualize import map_panel
 
 
 def show(picture):
@@ -49,13 +50,14 @@ def show(picture):
 STEPS, SCENES = 300, 1000
 
 base = checkpoint.load_inference("builtin")[0].to_dict()
-task = {**base["task"]["shared"], **base["task"]["depth"], "name": "depth", "soft_input": False, "input_noise": 0.0}
+task = {**base["task"]["shared"], **base["task"]["parts"]["depth"], "name": "depth"}
+task |= {"soft_input": False, "input_noise": 0.0}
 task["transformer"]["parallel"] = True
 data = {**base["data"]["depth"], "root": "runs/tiny_scenes"}
 data["render"] |= {"train": SCENES, "test": 100}
 
 changed = {"name": "tiny", "task": task, "data": data, "batch_size": 8, "eval_batch_size": 50, "train_steps": STEPS}
-config = ConfigDict({**base, **changed})
+config = ordered({**base, **changed})
 config.checkpoint_every, config.optim.warmup_steps, config.ema_decay = 100, 50, 0.98
 config.start_from = {
     "params/backbone": "builtin",
@@ -93,14 +95,16 @@ for name, label in {"tiny": "soft tokens", "hard": "hard tokens", "baseline": "m
 # %%
 _, weights = checkpoint.load_inference("runs/tiny")
 soft_task = tasks.build(config.task)
-hard_task = dataclasses.replace(soft_task, soft_detokenize=False)
+hard_part = dataclasses.replace(soft_task.parts["depth"], soft_detokenize=False)
+hard_task = dataclasses.replace(soft_task, parts={"depth": hard_part})
 soft, hard = (Predictor(task, weights["params"], weights["model_state"]) for task in (soft_task, hard_task))
 
 rooms = [scenes.render(1_000_000 + i, 64, 64) for i in range(2)]
 panels = []
 for room in rooms:
     for name, predictor in {"soft": soft, "hard": hard}.items():
-        panels.append(depth_panel(room.image, predictor(room.image)["depth"], truth=room.depth, title=name))
+        depth = predictor(room.image)["depth"]
+        panels.append(map_panel(Depth(), room.image, depth, truth=room.depth, title=name))
 show(np.concatenate(panels))
 
 # %% [markdown]

@@ -1,4 +1,4 @@
-"""Stage 2: instance segmentation and detection on COCO with the task solver (paper, sections 3.2 and 4.2).
+"""Stage 2: instance segmentation and detection on COCO with the task solver (arXiv 2301.02229, experiments).
 
     python -m aitok_jax.main --config=configs/coco.py:task=detection --workdir=runs/detection \\
         --config.data.root=DATA/coco

@@ -1,4 +1,4 @@
-"""Stage 2: one solver for instance segmentation on COCO and depth on NYUv2 (paper, section 4.4).
+"""Stage 2: one solver for instance segmentation on COCO and depth on NYUv2 (arXiv 2301.02229, experiments).
 
     python -m aitok_jax.main --config=configs/joint.py --workdir=runs/joint \\
         --config.data.instances.root=DATA/coco --config.data.depth.root=DATA/nyu \\

@@ -1,4 +1,4 @@
-"""Stage 2: depth on NYUv2 with the task solver (paper, sections 3.2 and 4.2).
+"""Stage 2: depth on NYUv2 with the task solver (arXiv 2301.02229, experiments).
 
     python -m aitok_jax.main --config=configs/nyu.py --workdir=runs/nyu --config.data.root=DATA/nyu \\
         --config.tokenizer=runs/vqvae_depth [--config.backbone=RUN_WITH_A_BACKBONE]

@@ -1,4 +1,4 @@
-"""Stage 1: the depth tokenizer on NYUv2 (paper, section 3.1 and appendix).
+"""Stage 1: the depth tokenizer on NYUv2 (arXiv 2301.02229, VQ-VAE).
 
     python -m aitok_jax.main --config=configs/vqvae_depth.py --workdir=runs/vqvae_depth --config.data.root=DATA/nyu
 

@@ -1,4 +1,4 @@
-"""Stage 1: the mask tokenizer on COCO's instance masks (paper, section 3.1 and appendix).
+"""Stage 1: the mask tokenizer on COCO's instance masks (arXiv 2301.02229, VQ-VAE).
 
     python -m aitok_jax.main --config=configs/vqvae_mask.py --workdir=runs/vqvae_mask --config.data.root=DATA/coco
 

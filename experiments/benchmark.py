@@ -51,14 +51,14 @@ import setups
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from aitok_jax.config import flatten, parse_flags, stage_order, unknown
-from aitok_jax.data import object_transforms, pipeline, scenes
+from aitok_jax.config import flatten, ordered, parse_flags, stage_order, unknown
+from aitok_jax.data import datasets, object_transforms, pipeline, scenes
 from aitok_jax.parallel import overview, sharding
 from aitok_jax.training import checkpoint, loop, optim, run_dir, setup
 
 ROOT = Path(__file__).parents[1]
 FRAMES, HEIGHT, WIDTH = 24, 480, 640
-PUBLISHED = {"input_depth": "nyu", "input_instances": "coco"}  # whose data, and batch size, a case takes
+PUBLISHED = {"input_depth": setups.nyu, "input_instances": setups.coco}  # whose data, and batch size, a case takes
 OF_CONFIG = ("train", "predict")
 CASES = (*PUBLISHED, *OF_CONFIG, "coco_evaluation", *pieces.CASES)
 WARM_UP = 2  # batches or steps before the clock starts
@@ -123,12 +123,12 @@ def measure_case(
     scenes.ensure(folder, train=FRAMES, test=1, height=HEIGHT, width=WIDTH, workers=os.cpu_count() or 1)
     if case == "train":
         return {"config": config.name, **training(on_scenes(config, folder), steps)}
-    published = on_scenes(setups.load(PUBLISHED[case]).get_config(), folder)
-    numbers = reading(pipeline.build(published.data), published.batch_size, images)
+    published = on_scenes(PUBLISHED[case].get_config(), folder)
+    numbers = reading(datasets.build(published.data), published.batch_size, images)
     return numbers | {"peak_memory": roofline.peak_memory()}
 
 
-def reading(data: pipeline.Data, batch_size: int, images: int) -> dict[str, Any]:
+def reading(data: datasets.Data, batch_size: int, images: int) -> dict[str, Any]:
     """Images a second, on one core and on all, of an input pipeline, and the share of its parts in the time."""
     source, transform = data.train, data.train_transform
     read = _time(lambda: [source.read(i % len(source)) for i in range(images)])
@@ -179,7 +179,7 @@ def _pipeline(source: Any, transform: Any, batch_size: int, images: int) -> dict
 def training(config: ConfigDict, steps: int) -> dict[str, Any]:
     """Of the config's training step: alone, on one batch; and in the loop, which reads and places every batch."""
     with tempfile.TemporaryDirectory() as folder:
-        run = setup.prepare(config, folder)
+        run = setup.set_up(config, folder)
         optimizer = optim.make_optimizer(config.optim, config.train_steps)
         batches, example = loop.first_batches(run, 0)
         with checkpoint.open_manager(folder) as manager:
@@ -188,7 +188,7 @@ def training(config: ConfigDict, steps: int) -> dict[str, Any]:
         alone = latency.timed_step(loop.make_step(run, optimizer, shardings), state, example, key)
         state, step = alone.result
         seconds, waiting, placing = _loop(run, step, state, batches, key, steps)
-    images = sum(run.each("batch_size").values())
+    images = sum(run.config.batch_size.values())
     peak, dtype = roofline.peak_memory(), roofline.compute_dtype(run.task)
     rates = roofline.matmul_rates(run.mesh.devices.flatten().tolist(), dtype)
     numbers = alone.numbers(None, rates[dtype])
@@ -263,7 +263,7 @@ def _readable(name: str, value: Any) -> str:
 
 def on_scenes(config: ConfigDict, folder: Path) -> ConfigDict:
     """A copy that starts from random weights, and reads the scenes where its own data is not there."""
-    config = ConfigDict(config.to_dict())
+    config = ordered(config)
     config.start_from = {}
     data = config.data
     for part in [data] if "name" in data else data.values():

@@ -11,7 +11,7 @@ import roofline
 from ml_collections import ConfigDict
 
 from aitok_jax import tasks
-from aitok_jax.models.swin_v2 import INIT_STD
+from aitok_jax.models.layers import INIT_STD
 
 
 class Program(NamedTuple):
@@ -29,7 +29,7 @@ class Program(NamedTuple):
 
 
 def prediction(config: ConfigDict, batch_size: int) -> dict[str, Any]:
-    """Of `task.predict`, with random weights, on `batch_size` random square images; of a joint task for each part.
+    """Of `predict` of each part, with random weights, on `batch_size` random square images.
 
     The whole is one program. Its parts are compiled by themselves too: `memory` (backbone and encoder), `decode` (all
     tokens) and `detokenize`; of a tokenizer `encode` and `decode`. `tokens` is the number that an image has, and
@@ -42,26 +42,25 @@ def prediction(config: ConfigDict, batch_size: int) -> dict[str, Any]:
     if batch_size < 1:
         raise ValueError(f"--batch={batch_size} must be at least 1")
     task = tasks.build(config.task)
-    joint = hasattr(task, "parts")
-    parts = task.parts if joint else {config.name: task}
-    batches = {name: random_batch(part.image_size, batch_size) for name, part in parts.items()}
-    shapes = jax.eval_shape(task.init, jax.random.key(0), batches if joint else batches[config.name])
-    weights = random_weights(shapes)
-    timed = {name: _timed_parts(part, *weights, batches[name]) for name, part in parts.items()}
+    batches = {name: random_batch(part, batch_size) for name, part in task.parts.items()}
+    weights = random_weights(jax.eval_shape(task.init, jax.random.key(0), batches))
+    timed = {name: _timed_parts(part, *weights, batches[name]) for name, part in task.parts.items()}
     peak = roofline.peak_memory()
     dtype = roofline.compute_dtype(task)
     rates = roofline.matmul_rates(jax.devices()[:1], dtype)
     each = {name: _numbers(programs, batch_size, rates[dtype]) for name, programs in timed.items()}
     shared = {"batch_size": batch_size, "peak_memory": peak, "matmul_flops_per_s": rates}
-    return shared | (each if joint else each[config.name])
+    return shared | (each if len(each) > 1 else next(iter(each.values())))
 
 
-def random_batch(size: int, count: int) -> dict[str, np.ndarray]:
-    """What any task predicts from, all of it random: images and masks in 0..1, depth up to 10 m."""
-    rng = np.random.default_rng(0)
-    maps = rng.random((count, size, size), np.float32)
-    images = rng.random((count, size, size, 3), np.float32)
-    return {"image": images, "depth": 10 * maps, "instance": maps, "id": np.arange(count, dtype=np.int32)}
+def random_batch(part: Any, count: int) -> dict[str, np.ndarray]:
+    """What a part predicts from, all of it random: images and masks in 0..1, maps up to 10."""
+    rng, size = np.random.default_rng(0), part.image_size
+    batch = {"image": rng.random((count, size, size, 3), np.float32), "id": np.arange(count, dtype=np.int32)}
+    if part.kind == "maps":
+        shape = (count, size, size, *part.modality.map_axes)
+        return batch | {part.modality.name: 10 * rng.random(shape, np.float32)}
+    return batch | {"instance": rng.random((count, size, size), np.float32)}
 
 
 def random_weights(shapes: Any) -> Any:
@@ -74,25 +73,25 @@ def random_weights(shapes: Any) -> Any:
     return jax.tree.map(leaf, shapes)
 
 
-def _timed_parts(task: Any, params: Any, model_state: Any, batch: dict[str, np.ndarray]) -> dict[str, Program]:
+def _timed_parts(part: Any, params: Any, model_state: Any, batch: dict[str, np.ndarray]) -> dict[str, Program]:
     """The parts of a prediction, each of what the one before gives, and the `whole`."""
-    if hasattr(task, "solver"):
+    if hasattr(part, "solver"):
         given = batch["image"]
-        if getattr(task, "flip", False):
+        if getattr(part, "flip", False):
             given = np.concatenate([given, given[:, :, ::-1]])
-        steps = {"memory": (task.memory, params), "decode": (task.decode, params)}
-        steps["detokenize"] = (task.detokenize, model_state)
+        steps = {"memory": (part.memory, params), "decode": (part.decode, params)}
+        steps["detokenize"] = (part.detokenize, model_state)
     else:
-        given = batch["depth" if task.evaluator == "depth" else "instance"][..., None]
+        given = part.maps(batch)
         variables = {"params": params, **model_state}
         steps = {
-            name: (functools.partial(task.tokenizer.apply, method=name), variables) for name in ("encode", "decode")
+            name: (functools.partial(part.tokenizer.apply, method=name), variables) for name in ("encode", "decode")
         }
     programs = {}
     for name, (function, weights) in steps.items():
         programs[name] = timed(function, weights, given)
         given = programs[name].result
-    return programs | {"whole": timed(task.predict, params, model_state, batch)}
+    return programs | {"whole": timed(part.predict, params, model_state, batch)}
 
 
 def timed(function: Callable[..., Any], *args: Any) -> Program:

@@ -9,25 +9,27 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aitok_jax import evaluators, tasks
-from aitok_jax.data import pipeline
+from aitok_jax.config import ordered
+from aitok_jax.data import datasets, pipeline
 from aitok_jax.evaluators.batches import run_evaluation
 from aitok_jax.models.bins import BinsTokenizer
 from aitok_jax.parallel import sharding
 from aitok_jax.tasks.base import Batch, Tree, compiled_predict
+from aitok_jax.tasks.modalities.depth import Depth
 from aitok_jax.training import checkpoint
 
 EXACT = "test_exact.txt"  # list of the test scenes with the depth that the sensor did not lose
 
 
 @dataclasses.dataclass(frozen=True)
-class BinsTask:
+class BinsPart:
     """A map to bins and back: what a solver that predicts every bin would reach."""
 
-    evaluator: ClassVar[str] = "depth"
+    kind: ClassVar[str] = "maps"
 
+    modality: Depth
     tokenizer: BinsTokenizer
     eval_crop: tuple[int, int, int, int] | None
-    max_depth: float
 
     def predict(self, params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
         codes = self.tokenizer.apply({}, batch["depth"][..., None], method="encode")
@@ -47,16 +49,16 @@ def measure(config: ConfigDict, weights: Path, scenes: Path) -> dict[str, float]
     """
     if config.name not in ("depth", "depth_tokenizer"):
         return {}
-    task, data, metrics = tasks.build(config.task), pipeline.build(config.data), {}
-    if isinstance(task.tokenizer, BinsTokenizer):
-        bins = BinsTask(task.tokenizer, task.eval_crop, task.max_depth)
+    (part,), data, metrics = tasks.build(config.task).parts.values(), datasets.build(config.data), {}
+    if isinstance(part.tokenizer, BinsTokenizer):
+        bins = BinsPart(part.modality, part.tokenizer, part.eval_crop)
         size = config.eval_batch_size
         metrics |= evaluators.evaluate(bins, {}, {}, data, batch_size=size, prefix="depth_tokenizer", progress=False)
     if Path(config.data.root) == scenes:
-        without_holes = ConfigDict(config.data.to_dict())
+        without_holes = ordered(config.data)
         without_holes.test_list = EXACT
-        exact, (_, variables) = pipeline.build(without_holes), checkpoint.load_inference(weights)
-        error = rmse_in_holes(task, variables, data, exact, config.eval_batch_size)
+        exact, (_, variables) = datasets.build(without_holes), checkpoint.load_inference(weights)
+        error = rmse_in_holes(part, variables, data, exact, config.eval_batch_size)
         metrics[f"{config.name}/rmse_in_holes"] = error
     return metrics
 
@@ -66,11 +68,11 @@ def write_exact_list(scenes: Path) -> None:
     (scenes / EXACT).write_text((scenes / "test.txt").read_text().replace("/sync_depth_", "/exact_depth_"))
 
 
-def rmse_in_holes(task: Any, variables: Tree, sensor: pipeline.Data, exact: pipeline.Data, batch_size: int) -> float:
+def rmse_in_holes(part: Any, variables: Tree, sensor: datasets.Data, exact: datasets.Data, batch_size: int) -> float:
     """See `measure`: of predictions from `sensor`, which has holes, against `exact`, which has none."""
     mesh = sharding.make_mesh()
     variables = jax.device_put(variables, sharding.state_shardings(variables, mesh))
-    predict, errors = compiled_predict(task), []
+    predict, errors = compiled_predict(part), []
     steps = run_evaluation(
         lambda batch: predict(variables["params"], variables["model_state"], batch)["depth"],
         sensor,

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from aitok_jax.config import to_json
+from aitok_jax.config import ordered, to_json
 from aitok_jax.training import checkpoint, loop
 
 COMMAND = "python -m aitok_jax.main --config=configs/quickstart.py:long --workdir=runs/long"
@@ -55,7 +55,7 @@ def pack(run: Path, out: Path) -> dict:
 def _without_paths(config: ConfigDict) -> ConfigDict:
     """The configuration with '{workdir}' again in place of the folder that the run was in."""
     folder = config.data.depth.root.removesuffix("/scenes")
-    return ConfigDict(json.loads(to_json(config).replace(f'"{folder}/', '"{workdir}/')))
+    return ordered(json.loads(to_json(config).replace(f'"{folder}/', '"{workdir}/')))
 
 
 def main() -> None:

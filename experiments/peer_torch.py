@@ -47,7 +47,7 @@ class ResidualBlock(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """Strided convolutions, two residual blocks, the nearest of an EMA codebook, and back (AIT.md section 2)."""
+    """Strided convolutions, two residual blocks, the nearest of an EMA codebook, and back."""
 
     def __init__(self, hidden: int, stages: int, num_codes: int, code_dim: int):
         super().__init__()
@@ -91,7 +91,7 @@ def _with_relu(layers: list[nn.Module]) -> list[nn.Module]:
 
 
 class WindowAttention(nn.Module):
-    """Cosine attention inside windows with a position bias from log-spaced offsets (AIT.md section 5)."""
+    """Cosine attention inside windows with a position bias from log-spaced offsets."""
 
     def __init__(self, width: int, heads: int, window: int):
         super().__init__()

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tables import TABLES, Row, at_scale
 
-from aitok_jax.config import to_json, unknown
+from aitok_jax.config import ordered, to_json, unknown
 
 ONE_SEED = ("detection",)  # as the published pre-trained weights are the same for all
 
@@ -83,7 +83,7 @@ class _Planner:
 
     def add(self, name: str, row: Row, seed: int, jobs: dict[str, Job]) -> str:
         """Adds what a row needs of a set-up; returns the folder with its metrics."""
-        config = ConfigDict(self.setups[name].to_dict())
+        config = ordered(self.setups[name])
         for key, value in row.changes.get(name, {}).items():
             change(config, key, at_scale(value, self.scale))
         config.seed = 0 if name in ONE_SEED else seed
@@ -100,7 +100,7 @@ class _Planner:
         switches = {k: v for k, v in row.evaluated.get(name, {}).items() if config.task[k] != v}
         if not switches:
             return folder
-        variant = ConfigDict(config.to_dict())
+        variant = ordered(config)
         for key, value in switches.items():
             change(variant, f"task.{key}", value)
         other = _folder(name, variant, folder)

@@ -110,8 +110,8 @@ def execute(job: Job, workdir: Path) -> None:
 
 def _evaluate(config: ConfigDict, weights: Path, folder: Path) -> dict[str, float]:
     _, variables = checkpoint.load_inference(weights)
-    run = setup.prepare(config, folder)
-    run.folder.write_json("config.json", config.to_dict())
+    run = setup.set_up(config, folder)
+    run.folder.write_json("config.json", run.config.to_dict())
     return loop.evaluate_all(run, variables["params"], variables["model_state"])
 
 

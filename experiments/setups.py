@@ -6,36 +6,30 @@ the objects start from, one solver a task or one for both. In place of the publi
 from backbone and encoder of the built-in weights, which have seen scenes of the same kind, but none of the evaluation.
 """
 
-import importlib.util
+import sys
 from pathlib import Path
-from types import ModuleType
 
 from ml_collections import ConfigDict
 from tables import LENGTH
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from aitok_jax.config import ordered
+from configs import coco, joint, nyu, quickstart, vqvae_depth, vqvae_mask
+
 STEPS = {"depth_tokenizer": 600, "mask_tokenizer": 1000, "detection": 1500}
 STEPS |= {"depth": 400, "instances": 500, "joint": 500}
 BUDGET = {"scenes": 6000, "test_scenes": 300, "eval_batch_size": 50, "log_every": 50} | STEPS
 SMOKE = {"scenes": 16, "test_scenes": 2, "eval_batch_size": 2, "log_every": 1} | dict.fromkeys(STEPS, 2)
 ENCODER = ("stem_ln", "input_proj", "encoder", "encout_ln", "proj", "proj_ln", "proj_mlp_ln", "proj_mlp")
 IMAGE_ENCODER = ("params/backbone", *(f"params/transformer/{name}" for name in ENCODER))  # all that knows no token
-NO_CODES = {"num_mask_codes": 0, "num_depth_codes": 0}
-
-
-def load(name: str) -> ModuleType:
-    """The module configs/NAME.py, which is a file of a folder and no package."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+NO_CODES = {"codes": (("mask", 0), ("depth", 0))}
 
 
 def scenes(smoke: bool = False) -> dict[str, ConfigDict]:
     """The built-in scenes of configs/quickstart.py; `smoke` takes two steps of each run, with smaller solvers."""
-    small, budget = load("quickstart"), SMOKE if smoke else BUDGET
+    small, budget = quickstart, SMOKE if smoke else BUDGET
     own = {"memory_weight": 0.0, "soft_input": True, "soft_detokenize": True}  # as published
-    depth = {**small.depth_fields(parallel=False), **own, "input_noise": 0.0}
+    depth = {**small.map_fields(small.DEPTH_TOKENIZER, parallel=False), **own, "input_noise": 0.0}
     objects = {**small.instance_fields(), **own, "aux_weight": 5.0}
     hard = {"tokenizer": None, "aux_weight": 0.0, "soft_input": False, "soft_detokenize": False}
 
@@ -52,18 +46,18 @@ def scenes(smoke: bool = False) -> dict[str, ConfigDict]:
         return {**small.object_data("coco", budget), **fields, "mask_size": mask_size}
 
     def run(name, task, data, batch_size):
-        config = ConfigDict(small.stage(name, {"name": name, **task}, data, batch_size, budget))
+        config = ordered(small.stage(name, {"name": name, **task}, data, batch_size, budget))
         config.ema_decay = min(config.ema_decay, 0.98)  # remembers 50 steps
         config.optim.name = "adamw" if smoke else config.optim.name
         config.checkpoint_every = 200
         return config
 
-    depth_data = small.depth_data("solver", budget)
+    depth_data = small.map_data("depth", "solver", budget)
     each = {
         "depth_tokenizer": run(
             "depth_tokenizer",
             {"image_size": small.SIZE, "mask_ratio": 0.0, "mask_patch": 8, "tokenizer": small.DEPTH_TOKENIZER},
-            small.depth_data("tokenizer", budget),
+            small.map_data("depth", "tokenizer", budget),
             16,
         ),
         "mask_tokenizer": run(
@@ -73,17 +67,21 @@ def scenes(smoke: bool = False) -> dict[str, ConfigDict]:
             64,
         ),
         "detection": run("detection", {**shared(**NO_CODES), **objects, **hard}, object_data(0), 8),
-        "depth": run("depth", {**shared(num_mask_codes=0), **depth}, depth_data, 8),
-        "instances": run("instances", {**shared(num_depth_codes=0), **objects}, object_data(small.CROP), 8),
+        "depth": run("depth", {**shared(codes=(("mask", 0),)), **depth}, depth_data, 8),
+        "instances": run("instances", {**shared(codes=(("depth", 0),)), **objects}, object_data(small.CROP), 8),
         "joint": run(
             "joint",
-            {"shared": shared(), "depth": {**depth, "loss_weight": 0.3}, "instances": objects},
+            {
+                "name": "solver",
+                "shared": shared(),
+                "parts": {"depth": {**depth, "loss_weight": 0.3}, "instances": objects},
+            },
             {"depth": depth_data, "instances": object_data(small.CROP)},
             {"depth": 2, "instances": 8},
         ),
     }
     bins = {"kind": "bins", "downsample": small.DEPTH_TOKENIZER["downsample"], "num_codes": 128, "max_value": 10.0}
-    each["bins"] = ConfigDict(each["depth"].to_dict())
+    each["bins"] = ordered(each["depth"])
     each["bins"].task.tokenizer = bins
     each["detection"].task.name = "instances"  # without masks
     return _start(each, {} if smoke else dict.fromkeys(IMAGE_ENCODER, "builtin"))
@@ -93,13 +91,12 @@ def published(smoke: bool = False) -> dict[str, ConfigDict]:
     """The published set-ups with Swin-B on NYUv2 and COCO."""
     if smoke:
         raise ValueError("smoke runs are for --scale=scenes; NYUv2 and COCO are not at hand everywhere")
-    depth, coco, joint = load("nyu"), load("coco"), load("joint")
     each = {
-        "depth_tokenizer": load("vqvae_depth").get_config(),
-        "mask_tokenizer": load("vqvae_mask").get_config(),
+        "depth_tokenizer": vqvae_depth.get_config(),
+        "mask_tokenizer": vqvae_mask.get_config(),
         "detection": coco.get_config("task=detection"),
-        "depth": depth.get_config(),
-        "bins": depth.get_config("tokenizer=bins"),
+        "depth": nyu.get_config(),
+        "bins": nyu.get_config("tokenizer=bins"),
         "instances": coco.get_config(),
         "joint": joint.get_config(),
     }
@@ -115,7 +112,7 @@ def _start(each: dict[str, ConfigDict], pretrained: dict[str, str]) -> dict[str,
     sources = {"detection": pretrained, "depth": pretrained | depth, "bins": pretrained}
     sources |= {"instances": detection | masks, "joint": detection | depth | masks}
     for name, source in sources.items():
-        each[name].start_from = source
+        each[name].start_from = ordered(source)
     return each
 
 

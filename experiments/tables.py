@@ -1,13 +1,15 @@
 """Every table of the paper as data: which runs its rows take, what they change, what is published.
 
 An ablation of the paper changes one thing of a published set-up. A row names the set-ups of `setups` that it runs with
-every seed, what it changes in their configs, and the published values, where AIT.md gives any.
+every seed, what it changes in their configs, and the published values, where there are any.
 `run.py` does the work.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from aitok_jax.tasks.modalities.depth import Depth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Table:
     reference: str | Mapping[str, str]
 
 
-DEPTH = Column("depth RMSE", "depth/rmse")
+DEPTH = Column("depth RMSE", f"{Depth.name}/{Depth.headline[0]}", Depth.headline[1])
 D1 = Column("depth δ1", "depth/d1", "max")
-DEPTH_TOKENS = Column("tokenizer RMSE", "depth_tokenizer/rmse")
+DEPTH_TOKENS = Column("tokenizer RMSE", f"{Depth.name}_tokenizer/{Depth.headline[0]}", Depth.headline[1])
 BOX = Column("box AP", "instances/box_ap", "max")
 MASK = Column("mask AP", "instances/mask_ap", "max")
 MASK_TOKENS = Column("tokenizer mask AP", "mask_tokenizer/mask_ap", "max")

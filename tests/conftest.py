@@ -1,17 +1,21 @@
 """Every test sees eight simulated CPU devices, and rank promotion is an error.
 
 What one test has compiled, another takes from a folder that all workers and processes of the session share. Compiling
-is most of the tests' time, so it is done without the optimizations that cost most, but where numbers are compared with
-the published system's and in files marked `optimized`.
+is most of the tests' time, so XLA's older emitter does it, without the optimizations that cost most but in files marked
+`optimized`. The smoke runs of .ci/run compile as users do.
 """
 
 import atexit
 import os
+import random
 import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+QUICK = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # compiles in a third of the time
+)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="aitok_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -36,6 +40,8 @@ LONGEST = (
     "swin_v2",
     "scaling",
     "tasks",
+    "from_scratch",
+    "old_runs",
 )
 LONGEST += ("real_frames", "interruptions", "e2e_joint", "export", "joint", "train", "instances_loss")
 
@@ -47,8 +53,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
-    optimized = request.path.parent.name == "parity" or request.node.get_closest_marker("optimized")
-    jax.config.update("jax_disable_most_optimizations", not optimized)
+    jax.config.update("jax_disable_most_optimizations", not request.node.get_closest_marker("optimized"))
+
+
+@pytest.fixture
+def rng():
+    """Random moments to kill at: AITOK_TEST_SEED gives others. pytest shows what is printed where the test fails."""
+    seed = int(os.environ.get("AITOK_TEST_SEED", "1"))
+    print(f"AITOK_TEST_SEED={seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture(scope="session")

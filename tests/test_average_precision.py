@@ -1,9 +1,7 @@
 """COCO's numbers: published fixtures, and what must hold for any results."""
 
 import copy
-import importlib.util
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -11,10 +9,6 @@ from coco_fakes import SHARED, as_coco, ellipse, encode, ground_truth, perfect_r
 
 from aitok_jax.evaluators.average_precision import CocoScorer, mask_boundary
 
-HAS_FASTER = importlib.util.find_spec("faster_coco_eval") is not None
-ENGINES = pytest.mark.parametrize(
-    "faster", [False, pytest.param(True, marks=pytest.mark.skipif(not HAS_FASTER, reason="no faster-coco-eval"))]
-)
 FAKE = "cocoapi_val2014_fake100"
 
 
@@ -37,42 +31,38 @@ def recall_at_50_and_75(scorer):
     return np.mean(recall, axis=1, where=recall > -1)
 
 
-@ENGINES
 @pytest.mark.parametrize("kind", ["box", "mask"])
-def test_published_numbers(kind, faster):
+def test_published_numbers(kind):
     coco, results, expected, shape = fake100(kind)
-    numbers = list(CocoScorer.of(coco, results, faster=faster).result([kind]).values())
+    numbers = list(CocoScorer.of(coco, results).result([kind]).values())
     np.testing.assert_allclose(numbers, expected["published_12_digit"][shape], atol=1e-9)
     np.testing.assert_allclose(numbers, expected["published_3_digit"][shape], atol=5e-4)
 
 
-@ENGINES
 @pytest.mark.parametrize("kind", ["box", "mask"])
-def test_published_numbers_with_other_area_ranges(kind, faster):
+def test_published_numbers_with_other_area_ranges(kind):
     coco, results, expected, shape = fake100(kind)
     expected = expected["published_custom_area_ranges"]
     ranges = {name: limits for name, limits in expected["ranges"].items() if name != "all"}
-    numbers = CocoScorer.of(coco, results, area_ranges=ranges, faster=faster).result([kind])
+    numbers = CocoScorer.of(coco, results, area_ranges=ranges).result([kind])
     names = [f"{kind}_{key.lower()}" for key in expected["keys"]]
     np.testing.assert_allclose([numbers[name] for name in names], expected["values"][shape], atol=1e-9)
 
 
-@ENGINES
-def test_boundary_numbers_of_the_original_implementation(faster):
+def test_boundary_numbers_of_the_original_implementation():
     coco, results, expected, _ = fake100("boundary")
     expected = expected["computed_here_not_published"]
-    scorer = CocoScorer.of(coco, results, faster=faster)
+    scorer = CocoScorer.of(coco, results)
     numbers = list(scorer.result(["boundary"]).values())
     np.testing.assert_allclose(numbers, list(expected["boundary_ap"].values()), atol=1e-9)
     others = expected["boundary_faster_coco_eval"]
     np.testing.assert_allclose(recall_at_50_and_75(scorer), [others["AR_50"], others["AR_75"]], atol=1e-9)
 
 
-@ENGINES
-def test_boundary_numbers_of_small_example(faster):
+def test_boundary_numbers_of_small_example():
     coco = as_coco(load("boundary_ap_small", "gt"))
     expected = load("boundary_ap_small", "expected")
-    scorer = CocoScorer.of(coco, load("boundary_ap_small", "dt_rle"), faster=faster)
+    scorer = CocoScorer.of(coco, load("boundary_ap_small", "dt_rle"))
     names = ["all", "50", "75", "small", "medium", "large"]
     names = [f"AP_{name}" for name in names] + ["AR_all", "AR_second", "AR_third", "AR_small", "AR_medium", "AR_large"]
     boundary = expected["boundary"]
@@ -82,16 +72,16 @@ def test_boundary_numbers_of_small_example(faster):
     np.testing.assert_allclose(list(scorer.result(["mask"]).values()), segmentation, atol=1e-9)
 
 
-@ENGINES
 @pytest.mark.parametrize("folder", ["torchmetrics_bbox_4img", "torchmetrics_doc_bbox_1img"])
-def test_numbers_of_torchmetrics(folder, faster):
+def test_numbers_of_torchmetrics(folder):
     expected = load(folder, "expected")
-    scorer = CocoScorer.of(as_coco(load(folder, "gt")), load(folder, "dt"), faster=faster)
+    scorer = CocoScorer.of(as_coco(load(folder, "gt")), load(folder, "dt"))
     numbers = list(scorer.result(["box"]).values())
     np.testing.assert_allclose(numbers, list(expected["published"].values()), atol=5e-4)
     if "recomputed_pycocotools" in expected:
         np.testing.assert_allclose(numbers, list(expected["recomputed_pycocotools"].values()), atol=1e-9)
-        precision, recall = zip(*scorer.per_category("box").values(), strict=True)
+        curves = scorer.curves("box")
+        precision, recall = curves.precision[..., 0, -1].mean((0, 1)), curves.recall[..., 0, -1].mean(0)
         np.testing.assert_allclose(precision, expected["map_per_class"], atol=5e-4)
         np.testing.assert_allclose(recall, expected["mar_100_per_class"], atol=5e-4)
 
@@ -136,10 +126,9 @@ def noisy_results(coco, seed=0):
     return results
 
 
-@ENGINES
-def test_perfect_results_score_one(faster):
+def test_perfect_results_score_one():
     coco = ground_truth()
-    numbers = CocoScorer.of(coco, perfect_results(coco), faster=faster).result(ALL)
+    numbers = CocoScorer.of(coco, perfect_results(coco)).result(ALL)
     assert len(numbers) == 36
     for kind in ALL:
         assert numbers[f"{kind}_ap"] == pytest.approx(1)
@@ -147,17 +136,9 @@ def test_perfect_results_score_one(faster):
         assert numbers[f"{kind}_ap_large"] == -1  # no such object
 
 
-@ENGINES
-def test_no_result_at_all_scores_zero(faster):
-    numbers = CocoScorer.of(ground_truth(), [], faster=faster).result(ALL)
+def test_no_result_at_all_scores_zero():
+    numbers = CocoScorer.of(ground_truth(), []).result(ALL)
     assert {numbers[f"{kind}_{name}"] for kind in ALL for name in ("ap", "ap50", "ar1", "ar100", "ap_small")} == {0.0}
-
-
-@pytest.mark.skipif(not HAS_FASTER, reason="no faster-coco-eval")
-def test_both_engines_agree():
-    coco = ground_truth(20)
-    slow, fast = (CocoScorer.of(coco, noisy_results(coco), faster=faster).result(ALL) for faster in (False, True))
-    assert slow == pytest.approx(fast, abs=1e-12)
 
 
 def test_boundary_is_never_better_than_mask():
@@ -189,21 +170,19 @@ def found(*masks):
     return [result | {"score": 0.9 - 0.1 * i, "segmentation": encode(mask)} for i, mask in enumerate(masks)]
 
 
-@ENGINES
-def test_boundaries_do_not_make_up_for_masks(faster):
+def test_boundaries_do_not_make_up_for_masks():
     """Without its middle a square has a better IoU by boundary (0.56) than by mask (0.51), which then holds."""
     square = rectangle(5, 5, 55, 55)
     holed = square - rectangle(12, 12, 47, 47)
-    numbers = CocoScorer.of(one_image([square]), found(holed), faster=faster).result(["mask", "boundary"])
+    numbers = CocoScorer.of(one_image([square]), found(holed)).result(["mask", "boundary"])
     assert numbers["mask_ap"] == numbers["boundary_ap"] == pytest.approx(0.1)
 
 
-@ENGINES
-def test_objects_of_a_crowd_are_neither_right_nor_wrong(faster):
+def test_objects_of_a_crowd_are_neither_right_nor_wrong():
     """Also by boundary, though those of the objects lie within the crowd's region."""
     coco = one_image([rectangle(0, 0, 50, 60), rectangle(60, 5, 75, 30)], crowd=[0])
     results = found(rectangle(20, 20, 30, 30), rectangle(25, 30, 40, 40), rectangle(60, 5, 75, 30))
-    numbers = CocoScorer.of(coco, results, faster=faster).result(["mask", "boundary"])
+    numbers = CocoScorer.of(coco, results).result(["mask", "boundary"])
     assert numbers["mask_ap"] == numbers["boundary_ap"] == pytest.approx(1)
 
 
@@ -261,12 +240,11 @@ def test_results_may_come_in_later():
     assert scorer.result(["box"])["box_ap"] == pytest.approx(1)
 
 
-@ENGINES
-def test_nothing_is_printed_and_nothing_is_changed(faster, capsys):
+def test_nothing_is_printed_and_nothing_is_changed(capsys):
     coco = ground_truth()
     results = noisy_results(coco)
     before = copy.deepcopy((coco.dataset, coco.anns, results))
-    CocoScorer.of(coco, results, faster=faster).result(ALL)
+    CocoScorer.of(coco, results).result(ALL)
     assert capsys.readouterr().out == ""
     assert (coco.dataset, coco.anns, results) == before
 
@@ -301,7 +279,7 @@ def test_results_that_do_not_fit_the_ground_truth_are_refused():
         scorer.add(image_id, results)
 
 
-def test_what_cannot_be_measured_is_refused(monkeypatch):
+def test_what_cannot_be_measured_is_refused():
     coco = ground_truth()
     _, (result,) = one_result(coco)
     boxes_only = {key: value for key, value in result.items() if key != "segmentation"}
@@ -311,6 +289,3 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
         CocoScorer.of(coco, []).result(["masks"])
     with pytest.raises(ValueError, match="no image of the ground truth has the id 6, 8; it has 7"):
         CocoScorer(coco, [5, 8, 6])
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    with pytest.raises(ValueError, match="pip install faster-coco-eval"):
-        CocoScorer(coco, faster=True)

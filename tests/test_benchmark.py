@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import benchmark
+import config_files
 import jax
 import jax.numpy as jnp
 import latency
@@ -17,8 +18,6 @@ import roofline
 import tiny_objects
 import tiny_runs
 from ml_collections import ConfigDict
-
-import configs
 
 FILE = Path(benchmark.__file__)
 
@@ -40,15 +39,15 @@ def quick(monkeypatch):
 
 
 def test_every_case_is_reported(tmp_path, monkeypatch):
-    config = configs.load("quickstart", "smoke").stages.tokenizer
+    config = config_files.load("quickstart", "smoke").stages.tokenizer
     config.task.tokenizer.hidden, config.batch_size, config.eval_batch_size = 4, 8, 8
 
-    def small(name):
-        published = configs.load(name)
+    def small(configs):
+        published = configs.get_config()
         published.batch_size, published.data.size = 2, 48
         return SimpleNamespace(get_config=lambda: published)
 
-    monkeypatch.setattr(benchmark.setups, "load", small)
+    monkeypatch.setattr(benchmark, "PUBLISHED", {case: small(configs) for case, configs in benchmark.PUBLISHED.items()})
     for name, value in {"FRAMES": 3, "HEIGHT": 64, "WIDTH": 80}.items():
         monkeypatch.setattr(benchmark, name, value)
     options = {"images": 6, "steps": 2, "batch": 3}
@@ -107,15 +106,17 @@ def test_pieces_of_the_published_set_ups(tmp_path, monkeypatch):
         "coco": {"name": "instances", **SHARED, **tiny_objects.OWN},
     }
 
-    def load(name):
-        def get_config(arg=None):
-            config = configs.load(name)
+    def small(name, get_config):
+        def tiny_config(arg=None):
+            config = get_config()
             config.task = ConfigDict(tiny[f"{name}:{arg}" if arg else name])
             return config
 
-        return SimpleNamespace(get_config=get_config)
+        return tiny_config
 
-    monkeypatch.setattr(pieces, "load", load)
+    for name in ("vqvae_depth", "vqvae_mask", "nyu", "coco"):
+        module = getattr(pieces, name)
+        monkeypatch.setattr(module, "get_config", small(name, module.get_config))
     monkeypatch.setattr(pieces, "ATTENTION", {"windows": 3, "window": 4, "heads": 2, "width": 8})
     done = {case: benchmark.measure_case(case, tmp_path, None, 1, 1, 1) for case in pieces.CASES}
     programs = {
@@ -244,7 +245,7 @@ def test_what_cannot_be_measured_is_a_clear_error(tmp_path):
         with pytest.raises(ValueError, match=f"--cases={case} needs --config"):
             benchmark.measure([case], tmp_path, None)
     with pytest.raises(
-        ValueError, match=r"task\.name='dept'.* did you mean 'depth'"
+        ValueError, match=r"task: 'dept' is unknown; did you mean 'depth'"
     ):  # said by the process of the case
         benchmark.measure(["predict"], tmp_path, ConfigDict({"name": "a", "task": {"name": "dept"}}))
     with pytest.raises(ValueError, match="--batch=0 must be at least 1"):

@@ -13,7 +13,8 @@ import pytest
 
 from aitok_jax import DepthTokenizer, MaskTokenizer, Predictor
 from aitok_jax.data import scenes
-from aitok_jax.evaluators import metrics
+from aitok_jax.scenes.furniture import CLASSES
+from aitok_jax.tasks.modalities import Depth
 from aitok_jax.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +50,11 @@ def test_it_predicts_unseen_rooms_as_well_as_said():
     about = json.loads((FOLDER / "about.json").read_text())["metrics"]
     predictor = Predictor.load("builtin")
     assert predictor.tasks == ("depth", "instances", "detection")
-    assert tuple(category["name"] for category in predictor.categories) == scenes.CLASSES
+    assert tuple(category["name"] for category in predictor.categories) == CLASSES
     rooms = [scenes.render(5_000_000 + i, 64, 64) for i in range(64)]
     results = predictor([room.image for room in rooms], task="depth", batch_size=32)
     depth, truth = np.stack([one["depth"] for one in results]), np.stack([room.depth for room in rooms])
-    rmse = float(np.mean(metrics.depth_metrics(depth, truth)["rmse"]))
+    rmse = float(np.mean(Depth().metrics(depth, truth, Depth().measured(truth))["rmse"]))
     assert rmse == pytest.approx(about["depth/rmse"], rel=0.15)
     assert rmse < 0.6 * about["baseline/rmse"]
     found = predictor([room.image for room in rooms[:32]], task="instances", min_score=0.5, batch_size=32)

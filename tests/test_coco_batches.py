@@ -5,7 +5,7 @@ import pytest
 from coco_files import CATEGORIES, HEIGHT, WIDTH, annotation, make, write
 from ml_collections import ConfigDict
 
-from aitok_jax.data import object_transforms, pipeline
+from aitok_jax.data import datasets, object_transforms, pipeline
 from aitok_jax.data.sources import coco
 
 TRAINING = object_transforms.training(32, 6, 8)
@@ -69,27 +69,27 @@ def data_config(root, **changes):
     values = dict(name="coco", root=str(root), train_images="images", train_annotations="instances.json")
     values |= dict(test_images="images", test_annotations="instances.json", size=32, num_objects=6, mask_size=8)
     values |= dict(jitter=(0.5, 2.0), order="random", on_error="raise", cache=True, expected_train=0, expected_test=0)
-    values |= dict(render={})
+    values |= dict(render={}, also_root="", also_count=0)
     return ConfigDict({**values, **changes})
 
 
 def test_build(tmp_path):
     write(tmp_path, [annotation(1), annotation(2), annotation(3, 2)], images=3)
-    data = pipeline.build(data_config(tmp_path, expected_train=2, expected_test=3))
+    data = datasets.build(data_config(tmp_path, expected_train=2, expected_test=3))
     assert (len(data.train), len(data.eval)) == (2, 3)
     batch = next(pipeline.train_batches(data.train, data.train_transform, batch_size=2, seed=0))
     assert batch["objects/crops"].shape == (2, 6, 8, 8)
     batch = next(pipeline.eval_batches(data.eval, data.eval_transform, batch_size=2))
     assert batch["image"].shape == (2, 32, 32, 3)
 
-    data = pipeline.build(data_config(tmp_path, mask_size=0))
+    data = datasets.build(data_config(tmp_path, mask_size=0))
     assert not data.train.masks
     assert "objects/crops" not in next(pipeline.train_batches(data.train, data.train_transform, batch_size=2, seed=0))
 
     masks = data_config(tmp_path, name="coco_masks", mask_size=16, expected_train=3, expected_test=3)
     with masks.unlocked():
         del masks.size, masks.num_objects, masks.jitter
-    data = pipeline.build(masks)
+    data = datasets.build(masks)
     instance = {"instance": np.arange(256, dtype=np.float32).reshape(16, 16)}
     firsts = [
         {float(transform(instance, np.random.default_rng(i))["instance"][0, 0]) for i in range(20)}
@@ -109,7 +109,7 @@ def test_objects_from_left_to_right(tmp_path):
     for slots in (3, 6):
         lefts = {}
         for order in object_transforms.ORDERS:
-            data = pipeline.build(data_config(tmp_path, jitter=(1.0, 1.0), order=order, num_objects=slots))
+            data = datasets.build(data_config(tmp_path, jitter=(1.0, 1.0), order=order, num_objects=slots))
             batch = next(pipeline.train_batches(data.train, data.train_transform, batch_size=30, seed=0))
             assert (batch["objects/kind"][:, : min(slots, 4)] == object_transforms.REAL).all()
             lefts[order] = batch["objects/boxes"][:, : min(slots, 4), 0]
@@ -130,14 +130,14 @@ def test_build_errors(tmp_path):
         ({"name": "lvis"}, "must be 'nyu' .*, 'coco' .* or 'coco_masks'"),
     ):
         with pytest.raises(ValueError, match=message):
-            pipeline.build(data_config(tmp_path, **changes))
+            datasets.build(data_config(tmp_path, **changes))
 
 
 def test_built_in_scenes(tmp_path):
     scenes = {"train_images": "", "test_images": "", "size": 48}
     scenes |= {f"{split}_annotations": f"annotations/instances_{split}.json" for split in ("train", "test")}
     render = {"train": 2, "test": 1, "height": 48, "width": 64, "seed": 0, "workers": 1}
-    data = pipeline.build(data_config(tmp_path / "scenes", render=render, **scenes))
+    data = datasets.build(data_config(tmp_path / "scenes", render=render, **scenes))
     assert not list((tmp_path / "scenes").rglob("*depth*"))
     assert len(data.train) == 2
     example = data.eval.read(0)

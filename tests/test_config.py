@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,16 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from aitok_jax.config import build_dataclass, format_workdir, parse_arg, stage_order
+from aitok_jax.config import (
+    build_dataclass,
+    format_workdir,
+    ordered,
+    parse_arg,
+    stage_order,
+    to_json,
+    translated,
+    translated_task,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,13 +75,106 @@ def test_workdir_is_put_into_all_strings():
     assert config.a.path == "{workdir}/tokenizer"
 
 
+def test_keys_keep_their_order():
+    """Also in nested ones, and after the work directory was put in and older forms were translated."""
+    config = ordered({"b": 1, "a": {"z": "{workdir}/x", "c": 2}})
+    assert list(config) == list(format_workdir(config, "/runs")) == ["b", "a"]
+    assert list(config.a) == list(format_workdir(config, "/runs").a) == ["z", "c"]
+    start_from = {"params/backbone": "x", "params": "y", "model_state/a": "z"}
+    run = translated({"name": "depth", "start_from": start_from, "task": {"name": "depth", "image_size": 8}})
+    assert list(run.start_from) == list(start_from)
+    assert list(json.loads(to_json(run))["start_from"]) == list(start_from)
+
+
+SHARED_FIELDS = {"backbone": {"embed_dim": 8}, "transformer": {"dim": 16}, "init_variance": 0.5}
+
+
+def test_a_run_of_one_part_is_one_of_parts():
+    """Its part has the run's name; what is shared is taken out of it, and all that is by part gets the name."""
+    flat = {
+        "name": "rooms",
+        "task": {"name": "depth", "image_size": 8, **SHARED_FIELDS},
+        "data": {"name": "nyu", "root": "x"},
+        "batch_size": 4,
+        "eval_batch_size": 2,
+        "eval_variants": {"rooms_hard": {"soft_input": False}},
+    }
+    run = translated(ConfigDict(flat)).to_dict()
+    assert run["task"] == {
+        "name": "solver",
+        "shared": SHARED_FIELDS,
+        "parts": {"rooms": {"name": "depth", "image_size": 8}},
+    }
+    data = {"also_root": "", "also_count": 0, "modality": "depth", "name": "nyu", "root": "x"}
+    assert run["data"] == {"rooms": data}
+    assert (run["batch_size"], run["eval_batch_size"]) == ({"rooms": 4}, {"rooms": 2})
+    assert run["eval_variants"] == {"rooms": flat["eval_variants"]}
+    assert translated(run).to_dict() == run
+    coco = translated(flat | {"data": {"name": "coco", "root": "x"}}).data.rooms
+    assert coco.to_dict() == {"also_root": "", "also_count": 0, "name": "coco", "root": "x"}
+
+
+@pytest.mark.parametrize(("old", "kind"), [("depth_tokenizer", "depth"), ("mask_tokenizer", "mask")])
+def test_a_tokenizer_is_one_of_parts(old, kind):
+    task = translated_task({"name": old, "image_size": 8}, "tokenizer")
+    assert task == {"name": "tokenizer", "parts": {"tokenizer": {"name": kind, "image_size": 8}}}
+    assert translated_task({"name": old, "image_size": 8})["parts"] == {old: {"name": kind, "image_size": 8}}
+    assert translated_task(task) == task
+
+
+def test_the_earlier_form_of_a_joint_run():
+    """What is by part stays as it is."""
+    old = {
+        "name": "joint",
+        "task": {"name": "joint", "shared": SHARED_FIELDS, "depth": {"pad_to": 4}, "instances": {"num_objects": 5}},
+        "data": {"depth": {"name": "nyu"}, "instances": {"name": "coco"}},
+        "batch_size": {"depth": 4, "instances": 8},
+        "eval_batch_size": {"depth": 4, "instances": 8},
+        "eval_variants": {"depth": {}, "instances": {"x": {"top_p": 0.3}}},
+    }
+    run = translated(old).to_dict()
+    parts = {"depth": {"pad_to": 4}, "instances": {"num_objects": 5}}
+    assert run["task"] == {"name": "solver", "shared": SHARED_FIELDS, "parts": parts}
+    for key in ("batch_size", "eval_batch_size", "eval_variants"):
+        assert run[key] == old[key]
+    assert run["data"]["depth"]["modality"] == "depth"
+    assert "modality" not in run["data"]["instances"]
+    assert translated(run).to_dict() == run
+
+
+def test_fields_that_are_called_otherwise_now():
+    """Numbers of codes, of which either may be missing, and remat as a boolean."""
+    shared = {"backbone": {"remat": True}, "transformer": {"remat": False}}
+    for given, codes in (
+        ({"num_mask_codes": 5, "num_depth_codes": 7}, (("mask", 5), ("depth", 7))),
+        ({"num_depth_codes": 7, "num_bins": 3}, (("depth", 7),)),
+        ({"num_mask_codes": 0}, (("mask", 0),)),
+    ):
+        task = translated_task({"name": "depth", **shared, "vocabulary": given})
+        assert task["shared"]["vocabulary"]["codes"] == codes
+        assert set(task["shared"]["vocabulary"]) == {"codes"} | (set(given) & {"num_bins"})
+    assert (task["shared"]["backbone"]["remat"], task["shared"]["transformer"]["remat"]) == ("blocks", "none")
+    kept = {"backbone": {"remat": "dots"}, "vocabulary": {"codes": (("mask", 2),)}}
+    assert translated_task({"name": "depth", **kept})["shared"] == kept
+    assert shared == {"backbone": {"remat": True}, "transformer": {"remat": False}}, "the argument is left alone"
+
+
+def test_keys_that_earlier_configurations_lack_are_filled_in():
+    run = translated({"name": "a", "task": {"name": "depth"}, "best_mode": "max"})
+    filled = {
+        **{"ema_decay": 0.0, "fsdp": 1, "accumulate": 1, "start_from": {}, "categories": ()},
+        **{"eval_variants": {"a": {}}, "eval_baseline": False, "best_metric": "", "best_mode": "max"},
+    }
+    assert {key: run.to_dict()[key] for key in filled} == filled
+
+
 def test_stages_run_after_those_they_mention():
     stages = {"a": {"start_from": "{workdir}/c"}, "b": {"start_from": "{workdir}/a"}, "c": {"x": 1}}
     assert stage_order(ConfigDict(stages)) == ["c", "a", "b"]
 
 
 CONFIG = """
-from aitok_jax.config_utils import parse_arg
+from aitok_jax.config import parse_arg
 from ml_collections import ConfigDict
 def get_config(arg=""):
     arg = parse_arg(arg, fast=False)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax.models.decode import nucleus
-from aitok_jax.models.decode_objects import decode_objects
+from aitok_jax.models.decode_objects import decode_objects, nucleus
 from aitok_jax.models.transformer import TokenTransformer
 from aitok_jax.tasks.vocabulary import Vocabulary
 
-VOCAB = Vocabulary(num_bins=6, num_classes=4, num_mask_codes=5, num_depth_codes=3, num_spare=2)
+VOCAB = Vocabulary(num_bins=6, num_classes=4, codes=(("mask", 5), ("depth", 3)), num_spare=2)
+MASKS = VOCAB.codes_of("mask")
 OBJECTS, D, LABEL = 3, 16, 4
 MANY = 12  # objects, for early exits
 KINDS = {"detection": (0, 0), "instances": (1, 2)}  # task id, mask tokens
@@ -82,7 +82,7 @@ def teacher(task):
 
 
 def windows(kind, count=OBJECTS):
-    return VOCAB.object_slots(KINDS[kind][1]) * count
+    return ([VOCAB.coordinates] * LABEL + [VOCAB.classes] + [MASKS] * KINDS[kind][1]) * count
 
 
 def check_against(decoded, logits_BTV, kind):
@@ -95,7 +95,7 @@ def check_against(decoded, logits_BTV, kind):
     probabilities = labels / labels.sum(-1, keepdims=True)
     np.testing.assert_allclose(decoded.scores, probabilities[..., :-1].max(-1), rtol=1e-4)
     np.testing.assert_array_equal(decoded.noise, probabilities.argmax(-1) == VOCAB.num_classes)
-    codes = logits[..., VOCAB.mask_codes.slice].reshape(-1, OBJECTS, length, VOCAB.num_mask_codes)
+    codes = logits[..., MASKS.slice].reshape(-1, OBJECTS, length, MASKS.size)
     mask_logits = codes[:, :, LABEL + 1 :]
     assert decoded.mask_logits.shape == mask_logits.shape
     np.testing.assert_allclose(decoded.mask_logits, mask_logits, rtol=1e-4, atol=1e-4)
@@ -117,7 +117,7 @@ def test_hard_decoding_equals_a_slow_loop(params, memory, kind):
 
 def test_detection_without_mask_codes_in_the_vocabulary(params, memory):
     """The windows after the missing codes are those of depth, which detection does not see."""
-    bare = dataclasses.replace(VOCAB, num_mask_codes=0, num_depth_codes=VOCAB.num_mask_codes + VOCAB.num_depth_codes)
+    bare = dataclasses.replace(VOCAB, codes=(("mask", 0), ("depth", 8)))
     shared = {"task": 0, "num_objects": OBJECTS, "mask_tokens": 0, "soft_input": False}
     decoded = jax.jit(lambda p, m: decode_objects(MODEL, p, m, bare, **shared))(params, memory)
     np.testing.assert_array_equal(decoded.tokens, compiled("detection")(params, memory).tokens)
@@ -150,7 +150,7 @@ def test_soft_decoding_equals_a_slow_loop(params, memory, kind):
         logits = embedded(task)(params, memory, x[:, :-1])
         own = np.asarray(logits[:, t, window.slice])
         soft = np.asarray(jax.nn.softmax(own)) @ table[window.slice]
-        x[:, t + 1] = soft if window == VOCAB.mask_codes else table[window.start + own.argmax(-1)]
+        x[:, t + 1] = soft if window == MASKS else table[window.start + own.argmax(-1)]
     check_against(decoded, logits, kind)
     hard = compiled(kind)(params, memory)
     if kind == "instances":
@@ -159,6 +159,14 @@ def test_soft_decoding_equals_a_slow_loop(params, memory, kind):
         assert (change.reshape(-1)[1:] > 1e-3).all()
     else:
         np.testing.assert_array_equal(decoded.tokens, hard.tokens)
+
+
+def test_nucleus_keeps_the_boundary_token():
+    p = jnp.array([[0.1, 0.5, 0.15, 0.25], [0.25, 0.15, 0.1, 0.5]])
+    for top_p, kept in ((0.0, [0.5]), (0.3, [0.5]), (0.55, [0.5, 0.25]), (0.8, [0.5, 0.25, 0.15]), (1.0, p[0])):
+        ours = nucleus(p, top_p)
+        expected = np.where(np.isin(p, np.array(kept, np.float32)), p, 0)
+        np.testing.assert_allclose(ours, expected / expected.sum(-1, keepdims=True), rtol=1e-6, err_msg=top_p)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +231,7 @@ def from_a_bias(params, memory):
     """(bias, 3000 samples of one object): logits are the bias alone; other windows than the slot's are far above."""
     bias = np.random.default_rng(5).normal(size=VOCAB.size).astype(np.float32)
     bias[VOCAB.classes.slice], bias[VOCAB.noise] = np.log([1, 2, 3, 4]), np.log(10)
-    bias[VOCAB.end_of_sequence] = bias[VOCAB.mask_codes.slice] = bias[VOCAB.depth_codes.slice] = 50
+    bias[VOCAB.end_of_sequence] = bias[MASKS.slice] = bias[VOCAB.codes_of("depth").slice] = 50
     flat = params | {"voc_embed": jnp.zeros_like(params["voc_embed"]), "outp_bias": jnp.asarray(bias)}
     many = rows(memory, np.zeros(3000, int))
     return bias, compiled("detection", top_p=1.0, num_objects=1)(flat, many, keys(*range(3000)))
@@ -309,6 +317,6 @@ def test_caches_are_updated_in_place(params, memory):
     """No loop of the compiled program copies a cache, which would be most of its time."""
     text = compiled(soft_input=True).lower(params, rows(memory, slice(0, 1))).compile().as_text()
     loops = text.split("\nENTRY ")[0]
-    cache = rf"f32\[(1,)?{MODEL.num_heads},{OBJECTS * len(VOCAB.object_slots(2))},{D // MODEL.num_heads}\]\S*"
+    cache = rf"f32\[(1,)?{MODEL.num_heads},{OBJECTS * 7},{D // MODEL.num_heads}\]\S*"
     assert re.search(rf"= {cache} (fusion|dynamic-update-slice)\(", loops), "the test needs to find the caches"
     assert not re.search(rf"= {cache} copy\(", loops)

@@ -2,13 +2,13 @@
 
 import json
 
+import config_files
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-import configs
 from aitok_jax import Predictor, main
 from aitok_jax.config import format_workdir
 from aitok_jax.training import checkpoint, loop
@@ -16,14 +16,14 @@ from aitok_jax.training import checkpoint, loop
 
 def small_quickstart(arg="smoke"):
     """The quickstart's smoke run with narrow networks: what is tested is the plumbing."""
-    config = configs.load("quickstart", arg)
+    config = config_files.load("quickstart", arg)
     for name, stage in config.stages.items():
         sizes = {"depth": 8, "instances": 8} if name == "joint" else 8
         stage.update({"batch_size": sizes, "eval_batch_size": sizes})
         for data in stage.data.values() if name == "joint" else [stage.data]:
             data.render.train, data.render.test = 24, 4
         task = stage.task
-        for part in (task.depth, task.instances) if name == "joint" else (task,):
+        for part in task.parts.values() if name == "joint" else (task,):
             part.tokenizer.hidden = 4
         if "tokenizer" not in name:
             shared = task.shared if name == "joint" else task

@@ -11,17 +11,22 @@ import pytest
 from PIL import Image
 
 from aitok_jax.data import map_transforms
-from aitok_jax.evaluators import batches, evaluate, metrics
+from aitok_jax.evaluators import batches, evaluate
+from aitok_jax.evaluators.metrics import inside
 from aitok_jax.parallel import sharding
+from aitok_jax.tasks.modalities import Depth, Normals
+from aitok_jax.tasks.modalities.depth import EIGEN_CROP
+
+DEPTH, NORMALS = Depth(), Normals()
 
 
 @dataclass(frozen=True)
-class ToyTask:
+class ToyPart:
     """Predicts depth from the red channel."""
 
-    evaluator: ClassVar[str] = "depth"
+    kind: ClassVar[str] = "maps"
     eval_crop: tuple[int, int, int, int] | None = None
-    max_depth: float = 10.0
+    modality: Depth = DEPTH
     confident: bool = True
 
     def predict(self, params, model_state, batch):
@@ -50,21 +55,25 @@ class Examples:
 PARAMS = {"scale": jnp.float32(9.0)}
 
 
-def run(source, task=None, train=None, **options):
-    data = types.SimpleNamespace(train=train, eval=source, eval_transform=map_transforms.evaluation())
+def run(source, part=None, train=None, **options):
+    data = types.SimpleNamespace(train=train, eval=source, eval_transform=map_transforms.evaluation(DEPTH))
     options = {"batch_size": 4, "prefix": "val", "progress": False} | options
-    return evaluate(task or ToyTask(), PARAMS, {}, data, **options)
+    return evaluate(part or ToyPart(), PARAMS, {}, data, **options)
+
+
+def depth_metrics(prediction, depth, modality=DEPTH, crop=None):
+    return modality.metrics(prediction, depth, modality.measured(depth) & inside(crop, *depth.shape[1:])[None])
 
 
 def expected(source, rows, **options):
     predictions = 9.0 * (source.pictures[rows, ..., 0].astype(np.float32) / 255)
-    values = metrics.depth_metrics(predictions, source.depths[rows], **options)
+    values = depth_metrics(predictions, source.depths[rows], **options)
     return {f"val/{name}": float(np.mean(np.asarray(value, np.float64))) for name, value in values.items()}
 
 
 def test_averages_metrics_of_images():
     source = Examples(7)
-    result = run(source, ToyTask(confident=False))
+    result = run(source, ToyPart(confident=False))
     reference = expected(source, np.arange(7))
     assert set(result) == set(reference)
     for name, value in reference.items():
@@ -97,10 +106,10 @@ def test_same_result_on_any_number_of_devices(tmp_path, devices, batch_size):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_crop_and_maximum_come_from_the_task():
+def test_crop_and_maximum_come_from_the_part():
     source = Examples(3)
-    result = run(source, ToyTask(eval_crop=(2, 20, 3, 30), max_depth=6.0, confident=False))
-    reference = expected(source, np.arange(3), crop=(2, 20, 3, 30), max_depth=6.0)
+    result = run(source, ToyPart(eval_crop=(2, 20, 3, 30), modality=Depth(max_depth=6.0), confident=False))
+    reference = expected(source, np.arange(3), crop=(2, 20, 3, 30), modality=Depth(max_depth=6.0))
     np.testing.assert_allclose(result["val/rmse"], reference["val/rmse"], rtol=1e-6)
     assert not np.isclose(result["val/rmse"], run(source)["val/rmse"], rtol=1e-3)
 
@@ -117,13 +126,13 @@ def test_images_without_depth_are_left_out_and_counted():
 def test_data_without_any_depth_is_an_error():
     source = Examples(3)
     source.depths[:] = 0
-    with pytest.raises(ValueError, match="none of the 3"):
+    with pytest.raises(ValueError, match="none of the 3 evaluation images has a pixel to measure depth on"):
         run(source)
 
 
 def test_crop_outside_the_image_is_an_error():
     with pytest.raises(ValueError, match=r"\(45, 471, 41, 601\) does not fit .* 24x32"):
-        run(Examples(2), ToyTask(eval_crop=metrics.EIGEN_CROP))
+        run(Examples(2), ToyPart(eval_crop=EIGEN_CROP))
 
 
 def test_baseline_is_the_mean_training_map():
@@ -131,11 +140,56 @@ def test_baseline_is_the_mean_training_map():
     result = run(source, train=train, baseline=True)
     mean = train.depths.sum(0, dtype=np.float64) / np.maximum((train.depths > 0).sum(0), 1)
     mean = np.tile(mean[None].astype(np.float32), (3, 1, 1))
-    reference = metrics.depth_metrics(mean, source.depths)
+    reference = depth_metrics(mean, source.depths)
     np.testing.assert_allclose(result["baseline/rmse"], np.mean(reference["rmse"]), rtol=1e-5)
     np.testing.assert_allclose(result["val/rmse"], run(source)["val/rmse"])
     assert not any(name.startswith("baseline") for name in run(source, train=train))
     assert not any(name.startswith("baseline") for name in run(source, baseline=True))
+
+
+@dataclass(frozen=True)
+class ToyNormals:
+    """Predicts the direction that the parameters hold."""
+
+    kind: ClassVar[str] = "maps"
+    eval_crop: None = None
+    modality: Normals = NORMALS
+
+    def predict(self, params, model_state, batch):
+        del model_state
+        return {"normals": jnp.broadcast_to(params["direction"].reshape(1, 1, 1, 3), batch["normals"].shape)}
+
+
+class Directions(Examples):
+    """Random pictures, all surfaces of which point one way, but for those that are not annotated."""
+
+    def __init__(self, count, direction, holes=0.1):
+        super().__init__(count)
+        self.maps = np.where(self.depths[..., None] > 12 * holes, np.float32(direction), 0)
+
+    def read(self, index):
+        return {"image": self.pictures[index], "normals": self.maps[index]}
+
+
+def test_another_modality(tmp_path):
+    """Towards the camera is predicted, where surfaces point at right angles to it; the mean map is in the middle."""
+    half = np.sqrt(0.5)
+    train = Directions(2, (0, 0, -1))
+    train.maps[0, ..., 1:] = [-1, 0]
+    train.maps[1, ..., 1:] = [0, -1]
+    source = Directions(3, (0, -1, 0))
+    data = types.SimpleNamespace(train=train, eval=source, eval_transform=map_transforms.evaluation(NORMALS))
+    options = {"batch_size": 2, "prefix": "val", "progress": False, "baseline": True, "panels_dir": tmp_path}
+    result = evaluate(ToyNormals(), {"direction": jnp.array([0.0, 0.0, -1.0])}, {}, data, panels=2, **options)
+    names = {"mean_angle", "median_angle", "within_11.25", "within_22.5", "within_30"}
+    assert set(result) == {f"{part}/{name}" for part in ("val", "baseline") for name in names}
+    for name, degrees in {"val": 90, "baseline": 45}.items():
+        assert result[f"{name}/mean_angle"] == pytest.approx(degrees, abs=1e-3)
+        assert result[f"{name}/median_angle"] == pytest.approx(degrees, abs=1e-3)
+        assert result[f"{name}/within_30"] == 0
+    assert len(list(tmp_path.iterdir())) == 2
+    right = evaluate(ToyNormals(), {"direction": jnp.array([0.0, -half, -half])}, {}, data, **options)
+    assert right["val/mean_angle"] == pytest.approx(45, abs=1e-3)
 
 
 def test_baseline_of_another_size_is_resized():

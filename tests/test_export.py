@@ -122,7 +122,7 @@ def test_wrong_arguments_are_refused(runs, tmp_path):
     predictor = Predictor.load(runs["joint"])
     with pytest.raises(ValueError, match=r"task='edges'"):
         export.export(predictor, tmp_path, "edges")
-    with pytest.raises(ValueError, match=r"size=\(32, 32\) is for task='depth'.*leave it out"):
+    with pytest.raises(ValueError, match=r"size=\(32, 32\) is for maps; instances .*: leave it out"):
         export.export(predictor, tmp_path, "instances", (32, 32))
     with pytest.raises(ValueError, match=r"size=\(0, 32\) must be"):
         export.export(predictor, tmp_path, "depth", (0, 32))

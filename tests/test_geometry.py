@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax.tasks.windows import merge_windows, predict_windows, shifted_windows, window_starts
+from aitok_jax.tasks.windows import cut, merge, predict_windows, window_starts
 
 
 def images(shape, seed=0):
@@ -18,15 +18,15 @@ def first_channel(x):
 
 def test_published_windows():
     assert window_starts(480, 640) == (0, 160)
-    assert window_starts(48, 84, 3) == (0, 18, 36)
-    assert window_starts(96, 96) == window_starts(96, 96, 2) == (0,)
+    assert window_starts(48, 100) == (0, 26, 52)
+    assert window_starts(96, 96) == (0,)
     assert window_starts(640, 480) == (0, 160)
 
 
-@pytest.mark.parametrize("count", [None, 4, 7])
 @pytest.mark.parametrize(("height", "width"), [(10, 21), (10, 29), (37, 10), (10, 11), (7, 7), (10, 40)])
-def test_every_pixel_is_covered_for_any_size(height, width, count):
-    starts = window_starts(height, width, count)
+def test_every_pixel_is_covered_for_any_size(height, width):
+    starts = window_starts(height, width)
+    assert len(starts) == -(-max(height, width) // min(height, width))
     covered = np.zeros(max(height, width), int)
     for start in starts:
         covered[start : start + min(height, width)] += 1
@@ -35,25 +35,18 @@ def test_every_pixel_is_covered_for_any_size(height, width, count):
     assert starts[-1] == abs(height - width)
 
 
-def test_too_few_windows_are_refused():
-    with pytest.raises(ValueError, match="at least 3"):
-        window_starts(10, 21, 2)
-    with pytest.raises(ValueError, match="at least 1"):
-        window_starts(10, 10, 0)
-
-
 @pytest.mark.parametrize("shape", [(2, 12, 31, 3), (2, 31, 12, 3), (2, 12, 12, 3)])
-@pytest.mark.parametrize("count", [None, 5])
 @pytest.mark.parametrize("flip", [True, False])
-def test_identity_predictor_gives_the_image_back(shape, count, flip):
+def test_identity_predictor_gives_the_image_back(shape, flip):
+    """Also maps with axes of their own."""
     x = images(shape)
-    run = jax.jit(lambda x: predict_windows(first_channel, x, flip=flip, count=count))
+    run = jax.jit(lambda x: predict_windows(lambda windows: {**first_channel(windows), "all": windows}, x, flip=flip))
     maps = run(x)
     np.testing.assert_allclose(maps["depth"], x[..., 0], rtol=1e-6)
     np.testing.assert_allclose(maps["confidence"], x[..., 1], rtol=1e-6)
-    np.testing.assert_allclose(
-        merge_windows(shifted_windows(x, count)[..., 2], *shape[1:3], count), x[..., 2], rtol=1e-6
-    )
+    np.testing.assert_allclose(maps["all"], x, rtol=1e-6)
+    starts = window_starts(*shape[1:3])
+    np.testing.assert_allclose(merge(cut(x, starts), *shape[1:3], starts), x, rtol=1e-6)
 
 
 def test_one_call_in_window_major_order_mirrors_last():
@@ -82,17 +75,26 @@ def test_averages_mirrors_and_overlaps():
     np.testing.assert_allclose(rows[0], np.tile(np.arange(4.0), (6, 1)))
 
 
-def test_clip_comes_after_averaging_and_spares_other_maps():
+def test_mirror_comes_after_the_columns_were_reversed():
+    """A map whose values change their sign in the mirror image; it gets all maps, and only those of mirrored images."""
+    x = images((2, 4, 6, 1))
+    seen = []
+
     def predict(windows):
         n = len(windows) // 2
-        sign = jnp.concatenate([jnp.full(n, -1.0), jnp.full(n, 3.0)])[:, None, None]
-        return {"depth": sign * jnp.ones(windows.shape[:3]), "confidence": jnp.zeros(windows.shape[:3])}
+        sign = jnp.concatenate([jnp.ones(n), -jnp.ones(n)])[:, None, None]
+        return {"x": sign * windows[..., 0], "confidence": windows[..., 0]}
 
-    maps = predict_windows(predict, images((1, 4, 4, 1)), min_value=0.5)
-    np.testing.assert_allclose(maps["depth"], 1.0)
-    np.testing.assert_allclose(maps["confidence"], 0.0)
-    low = predict_windows(lambda x: {"depth": -x[..., 0]}, images((1, 4, 6, 1)), min_value=1e-3)
-    np.testing.assert_allclose(low["depth"], 1e-3)
+    def mirror(maps):
+        seen.append(maps)
+        return {**maps, "x": -maps["x"]}
+
+    maps = predict_windows(predict, x, mirror=mirror)
+    np.testing.assert_allclose(maps["x"], x[..., 0], rtol=1e-6)
+    np.testing.assert_allclose(maps["confidence"], x[..., 0], rtol=1e-6)
+    assert len(seen) == 1
+    np.testing.assert_allclose(seen[0]["confidence"], np.concatenate([x[:, :, :4, 0], x[:, :, 2:, 0]]), rtol=1e-6)
+    np.testing.assert_allclose(predict_windows(predict, x)["x"], 0, atol=1e-6)
 
 
 def test_float32_maps_for_bfloat16_predictions():

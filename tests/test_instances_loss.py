@@ -10,15 +10,17 @@ import pytest
 import tiny_objects as tiny
 
 from aitok_jax import tasks
+from aitok_jax.models.decode_objects import CLASS_SLOT
 from aitok_jax.parallel import sharding
-from aitok_jax.tasks import sequences
-from aitok_jax.tasks.instances import INSTANCES_ID
+from aitok_jax.tasks import from_scratch
+from aitok_jax.tasks.objects import INSTANCES_ID
 
 N, L = tiny.OBJECTS, tiny.LENGTH
-LABEL = sequences.CLASS_SLOT
+LABEL = CLASS_SLOT
 TASK = tasks.build(tiny.CONFIG)
+PART = TASK.parts["instances"]
 VOCAB = TASK.vocabulary
-CODES = VOCAB.mask_codes
+CODES = VOCAB.codes_of("mask")
 VALUE = jax.jit(jax.value_and_grad(TASK.loss, has_aux=True))
 
 
@@ -30,29 +32,29 @@ def batch():
 
 @pytest.fixture(scope="module")
 def state(batch):
-    return tiny.random_state(TASK, batch)
+    return tiny.random_state(TASK, {"instances": batch})
 
 
 @pytest.fixture(scope="module")
 def prepared(state, batch):
-    return TASK.prepare(state[1], batch, jax.random.key(0))
+    return PART.inputs(state[1], batch, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def trained(state, batch):
     """((loss, (metrics, new model_state)), gradients)."""
-    return VALUE(*state, batch, jax.random.key(0))
+    return VALUE(*state, {"instances": batch}, jax.random.key(0))
 
 
-def numpy_loss(task, state, logits, targets, counted, crops):
-    """AIT.md section 6.2, object by object: (loss, metrics)."""
+def numpy_loss(part, state, logits, targets, counted, crops):
+    """The published loss, object by object: (loss, metrics)."""
     logits, targets, counted = np.asarray(logits, np.float64), np.asarray(targets), np.asarray(counted)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     ce = -np.log(np.take_along_axis(p / p.sum(-1, keepdims=True), targets[..., None], -1)[..., 0])
     kinds = {"box": [0, 1, 2, 3], "class": [4], "mask": [5, 6, 7, 8]}
     total, metrics, counts = 0.0, {}, {}
     for kind, slots in kinds.items():
-        weight = getattr(task, f"{kind}_weight")
+        weight = getattr(part, f"{kind}_weight")
         chosen = counted[..., slots]
         counts[kind] = chosen.sum()
         summed = weight * ce[..., slots][chosen].sum()
@@ -60,15 +62,15 @@ def numpy_loss(task, state, logits, targets, counted, crops):
         total += summed
     aux = []
     for b, n in np.ndindex(targets.shape[:2]):
-        if counted[b, n, 0] and n < task.aux_objects:
+        if counted[b, n, 0] and n < part.aux_objects:
             codes = logits[b, n, 5:, CODES.slice].reshape(1, 2, 2, -1)
-            soft = tiny.tokenizer_apply(TASK, state, "decode_soft", codes)[0, ..., 0]
+            soft = tiny.tokenizer_apply(PART, state, "decode_soft", codes)[0, ..., 0]
             truth, clipped = crops[b, n], np.clip(soft, 0, 1)
             dice = 1 - (2 * (clipped * truth).sum() + 1) / (clipped.sum() + truth.sum() + 1)
             aux.append(dice + np.square(soft - truth).mean())
-    metrics["mask_aux"] = task.aux_weight * task.mask_weight * (np.mean(aux) if aux else 0.0)
+    metrics["mask_aux"] = part.aux_weight * part.mask_weight * (np.mean(aux) if aux else 0.0)
     total += metrics["mask_aux"] * counts["mask"]
-    return task.loss_weight * total / sum(counts.values()), metrics
+    return part.loss_weight * total / sum(counts.values()), metrics
 
 
 def check_loss(ours, expected):
@@ -80,13 +82,13 @@ def check_loss(ours, expected):
 
 
 def test_loss_compares_output_t_with_target_t(state, batch, trained):
-    """The solver reads the inputs but the last, as task 1; `loss` splits its key for dropout and `prepare`."""
+    """The solver reads the inputs but the last, as task 1; `loss` splits its key for dropout and `inputs`."""
     key = jax.random.split(jax.random.split(jax.random.key(0))[1], 1)[0]
-    prepared = TASK.prepare(state[1], batch, key)
+    prepared = PART.inputs(state[1], batch, key)
     apply = jax.jit(lambda params, images, tokens: TASK.solver.apply({"params": params}, images, tokens, INSTANCES_ID))
     logits = apply(state[0], prepared.images, prepared.tokens).reshape(4, N, L, -1)
     (loss, (metrics, _)), _ = trained
-    check_loss((loss, metrics), numpy_loss(TASK, state, logits, *map(np.asarray, prepared.targets)))
+    check_loss((loss, metrics), numpy_loss(PART, state, logits, *map(np.asarray, prepared.targets)))
 
 
 def test_gradient_reaches_the_solver_and_the_tokenizer_stays(state, trained):
@@ -108,7 +110,7 @@ def test_loss_falls(state, batch, trained):
     params, gradients = state[0], trained[1]
     for _ in range(10):
         params = descend(params, gradients)
-        (loss, _), gradients = VALUE(params, state[1], batch, jax.random.key(0))
+        (loss, _), gradients = VALUE(params, state[1], {"instances": batch}, jax.random.key(0))
     assert loss < 0.8 * trained[0][0]
 
 
@@ -118,50 +120,51 @@ def logits():
 
 
 @functools.cache
-def compiled_value(task):
+def compiled_value(part):
     def loss(logits, model_state, targets):
-        return task.token_loss(model_state, logits, *targets)
+        return part.token_loss(model_state, logits, *targets)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def value(task, state, logits, targets):
+def value(part, state, logits, targets):
     """((loss, metrics), gradient in the logits)."""
-    return compiled_value(task)(logits, state[1], tuple(targets))
+    return compiled_value(part)(logits, state[1], tuple(targets))
 
 
 @pytest.fixture(scope="module")
 def valued(state, logits, prepared):
-    return value(TASK, state, logits, prepared.targets)
+    return value(PART, state, logits, prepared.targets)
 
 
 def test_weights_of_the_loss(state, logits, prepared):
     """Every weight has another value; only the first two objects count in the auxiliary loss."""
     weights = {"box_weight": 2.0, "class_weight": 3.0, "mask_weight": 0.5, "aux_weight": 4.0, "loss_weight": 0.25}
-    task = dataclasses.replace(TASK, aux_objects=2, **weights)
-    ours, _ = value(task, state, logits, prepared.targets)
-    check_loss(ours, numpy_loss(task, state, logits, *map(np.asarray, prepared.targets)))
+    part = dataclasses.replace(PART, aux_objects=2, **weights)
+    ours, _ = value(part, state, logits, prepared.targets)
+    check_loss(ours, numpy_loss(part, state, logits, *map(np.asarray, prepared.targets)))
 
 
 def test_memory_loss_teaches_the_encoder_and_leaves_prediction_alone(state, batch, trained):
     """Cross-entropy of boxes and masks where objects are and of classes everywhere, in NumPy from the memory itself."""
     task = tasks.build({**tiny.CONFIG, "memory_weight": 0.5, "loss_weight": 2.0})
-    params, _ = tiny.random_state(task, batch)
+    part = task.parts["instances"]
+    params, _ = tiny.random_state(task, {"instances": batch})
     params = state[0] | {"instances_memory_head": params["instances_memory_head"]}
     value = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
-    (loss, (metrics, _)), gradients = value(params, state[1], batch, jax.random.key(0))
+    (loss, (metrics, _)), gradients = value(params, state[1], {"instances": batch}, jax.random.key(0))
 
-    prepared = task.prepare(state[1], batch, jax.random.key(0))
+    prepared = part.inputs(state[1], batch, jax.random.key(0))
     encode = functools.partial(
         task.solver.apply, method=lambda solver, x: solver.transformer.encode(solver.features(x))
     )
     memory = jax.jit(encode)({"params": state[0]}, prepared.images)
     head = jax.tree.map(np.asarray, params["instances_memory_head"])
-    x = (np.asarray(memory) @ head["kernel"] + head["bias"]).reshape(4, 9, 5 + task.mask_tokens, -1)
+    x = (np.asarray(memory) @ head["kernel"] + head["bias"]).reshape(4, 9, 5 + part.mask_tokens, -1)
     logits = task.solver.transformer.apply({"params": state[0]["transformer"]}, x, method="logits")
     targets, counted, _ = prepared.targets
-    tokens, covered = sequences.cell_tokens(VOCAB, targets, counted[..., 0], tiny.SIZE, 3)
-    logp = jax.nn.log_softmax(logits[..., : VOCAB.mask_codes.stop])
+    tokens, covered = from_scratch.cell_tokens(VOCAB, targets, counted[..., 0], tiny.SIZE, 3)
+    logp = jax.nn.log_softmax(logits[..., : CODES.stop])
     ce = -np.take_along_axis(np.asarray(logp), np.asarray(tokens)[..., None], -1)[..., 0]
     assert 0 < covered.sum() < covered.size
     there = ce[np.asarray(covered)]
@@ -172,15 +175,15 @@ def test_memory_loss_teaches_the_encoder_and_leaves_prediction_alone(state, batc
     assert np.abs(gradients["instances_memory_head"]["kernel"]).max() > 0
     decoder, plain = (g["transformer"]["decoder"]["blocks_0"]["mlp"]["fc1"]["kernel"] for g in (gradients, trained[1]))
     np.testing.assert_allclose(decoder, 2 * plain, rtol=1e-3, atol=1e-6)
-    found, without = (jax.jit(t.predict)(p, state[1], batch) for t, p in ((task, params), (TASK, state[0])))
+    found, without = (jax.jit(one.predict)(p, state[1], batch) for one, p in ((part, params), (PART, state[0])))
     jax.tree.map(np.testing.assert_array_equal, found, without)
 
 
 def test_auxiliary_loss_is_a_switch_of_the_loss(state, logits, prepared, valued):
     """Its gradient runs through the logits of the mask codes of real objects alone."""
     (loss, metrics), gradient = valued
-    check_loss((loss, metrics), numpy_loss(TASK, state, logits, *map(np.asarray, prepared.targets)))
-    (off, off_metrics), off_gradient = value(dataclasses.replace(TASK, aux_weight=0.0), state, logits, prepared.targets)
+    check_loss((loss, metrics), numpy_loss(PART, state, logits, *map(np.asarray, prepared.targets)))
+    (off, off_metrics), off_gradient = value(dataclasses.replace(PART, aux_weight=0.0), state, logits, prepared.targets)
     assert set(off_metrics) == set(metrics) - {"mask_aux"}
     counted = np.asarray(prepared.targets[1])
     np.testing.assert_allclose(loss, off + metrics["mask_aux"] * counted[..., 5:].sum() / counted.sum(), rtol=1e-5)
@@ -200,10 +203,10 @@ def test_order_of_the_objects_does_not_matter(state, batch, logits, prepared, va
         return np.take_along_axis(np.asarray(x), orders.reshape(4, N, *[1] * (np.ndim(x) - 2)), 1)
 
     shuffled = {k: permuted(v) if k.startswith("objects/") else v for k, v in batch.items()}
-    targets = TASK.prepare(state[1], shuffled, jax.random.key(0)).targets
+    targets = PART.inputs(state[1], shuffled, jax.random.key(0)).targets
     for ours, expected in zip(targets, prepared.targets, strict=True):
         np.testing.assert_array_equal(ours, permuted(expected))
-    (loss, metrics), gradient = value(TASK, state, permuted(logits), targets)
+    (loss, metrics), gradient = value(PART, state, permuted(logits), targets)
     check_loss((loss, metrics), valued[0])
     np.testing.assert_allclose(gradient, permuted(valued[1]), rtol=1e-4, atol=1e-7)
 
@@ -211,7 +214,7 @@ def test_order_of_the_objects_does_not_matter(state, batch, logits, prepared, va
 def test_an_image_without_objects_has_a_loss_of_labels_only(state, logits, prepared):
     assert not prepared.targets[1][0, :, 0].any()
     alone = tuple(t[:1] for t in prepared.targets)
-    (loss, metrics), gradient = value(TASK, state, logits[:1], alone)
+    (loss, metrics), gradient = value(PART, state, logits[:1], alone)
     labels = -jax.nn.log_softmax(logits[0, :, LABEL])[:, VOCAB.noise]
     np.testing.assert_allclose(loss, labels.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["class_cross_entropy"], loss, rtol=1e-6)
@@ -228,20 +231,20 @@ def test_loss_of_a_batch_is_the_sum_over_its_images(state, logits, prepared, val
     counts = np.asarray(prepared.targets[1]).sum((1, 2))
     np.testing.assert_array_equal(counts, N + np.arange(4) * (L - 1))
     for images in ([0, 3], [1, 2]):
-        (together, _), _ = value(TASK, state, logits[images], [t[np.array(images)] for t in prepared.targets])
-        alone = [value(TASK, state, logits[i : i + 1], [t[i : i + 1] for t in prepared.targets])[0][0] for i in images]
+        (together, _), _ = value(PART, state, logits[images], [t[np.array(images)] for t in prepared.targets])
+        alone = [value(PART, state, logits[i : i + 1], [t[i : i + 1] for t in prepared.targets])[0][0] for i in images]
         np.testing.assert_allclose(together, np.average(alone, weights=counts[images]), rtol=1e-5)
 
 
 def test_loss_is_the_same_on_any_number_of_devices():
     """One image a device, with 0 to 4 objects each: nothing is normalised per device."""
     batch = {name: array for name, array in tiny.batch(8).items() if name != "id"}
-    state = tiny.random_state(TASK, batch)
+    state = tiny.random_state(TASK, {"instances": batch})
     run, results = jax.jit(TASK.loss), []
     for devices in (jax.devices(), jax.devices()[:1]):
         mesh = sharding.make_mesh(devices=devices)
-        placed = sharding.shard_batch(batch, mesh)
-        assert len(placed["image"].sharding.device_set) == len(devices)
+        placed = sharding.shard_batch({"instances": batch}, mesh)
+        assert len(placed["instances"]["image"].sharding.device_set) == len(devices)
         params, frozen, key = jax.device_put((*state, jax.random.key(7)), sharding.replicated(mesh))
         loss, (metrics, _) = run(params, frozen, placed, key)
         results.append((loss, metrics))

@@ -1,7 +1,6 @@
 """Real signals to real processes, at random moments; full disks and damaged files. See `toy_run`."""
 
 import os
-import random
 import shutil
 import signal
 import socket
@@ -68,8 +67,8 @@ def after_steps(workdir, rng, most):
     time.sleep(rng.uniform(0, 0.05))
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bits(run, whole, tmp_path):
-    rng, workdir = random.Random(), tmp_path / "run"
+def test_killed_at_random_moments_it_ends_with_the_same_bits(run, whole, tmp_path, rng):
+    workdir = tmp_path / "run"
     kills = 0
     while kills < KILLS:
         process = run()
@@ -82,8 +81,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(run, whole, tmp_pat
     assert_same_run(workdir, whole)
 
 
-def test_stopped_by_signals_it_loses_no_step(run, whole, tmp_path):
-    rng, workdir = random.Random(), tmp_path / "run"
+def test_stopped_by_signals_it_loses_no_step(run, whole, tmp_path, rng):
+    workdir = tmp_path / "run"
     for number in (signal.SIGTERM, signal.SIGINT) * 3:
         before = max(checkpoint.latest_step(workdir), 0)
         process = run(checkpoint_every=1000)

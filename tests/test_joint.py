@@ -10,23 +10,31 @@ import pytest
 import tiny_objects as tiny
 
 from aitok_jax import tasks
-from aitok_jax.models.task_solver import TaskSolver
+from aitok_jax.models.decode_objects import CLASS_SLOT
 from aitok_jax.parallel import sharding
 from aitok_jax.tasks import sequences
 from aitok_jax.tasks.base import compiled_predict
-from aitok_jax.tasks.joint import JointTask
+from aitok_jax.tasks.solver import SolverTask
 
 SIZE, DEPTH_SIZE, K = tiny.SIZE, 16, 6
 DEPTH_TOKENIZER = {"hidden": 4, "downsample": 8, "num_res_blocks": 0, "num_codes": K, "code_dim": 4}
-VOCABULARY = {**tiny.VOCABULARY, "num_mask_codes": tiny.CODES, "num_depth_codes": K}
+VOCABULARY = {**tiny.VOCABULARY, "codes": [["mask", tiny.CODES], ["depth", K]]}
 CONFIG = {
-    "name": "joint",
+    "name": "solver",
     "shared": {**tiny.SHARED, "vocabulary": VOCABULARY},
-    "depth": {"image_size": DEPTH_SIZE, "pad_to": SIZE, "tokenizer": DEPTH_TOKENIZER, "loss_weight": 0.2},
-    "instances": tiny.OWN,
+    "parts": {
+        "depth": {"image_size": DEPTH_SIZE, "pad_to": SIZE, "tokenizer": DEPTH_TOKENIZER, "loss_weight": 0.2},
+        "instances": tiny.OWN,
+    },
 }
 TASK = tasks.build(CONFIG)
-V = TASK.depth.vocabulary.size
+DEPTH, INSTANCES = TASK.parts["depth"], TASK.parts["instances"]
+V = TASK.vocabulary.size
+
+
+def with_parts(**parts):
+    """The configuration with other parts."""
+    return CONFIG | {"parts": CONFIG["parts"] | parts}
 
 
 def make_batch(depths, images):
@@ -51,7 +59,7 @@ def all_labels_noise(monkeypatch):
     """Label corruption without chance, so that losses can be compared whatever their keys are."""
 
     def corrupt(rng, vocabulary, tokens_BNL):
-        return tokens_BNL.at[..., sequences.CLASS_SLOT].set(vocabulary.noise)
+        return tokens_BNL.at[..., CLASS_SLOT].set(vocabulary.noise)
 
     monkeypatch.setattr(sequences, "corrupt_labels", corrupt)
 
@@ -60,7 +68,7 @@ def test_one_set_of_weights_and_both_tokenizers(state):
     params, frozen = state
     assert set(params) == {"backbone", "transformer"}
     assert set(frozen) == {"depth_tokenizer", "mask_tokenizer"}
-    assert TASK.parts == {"depth": TASK.depth, "instances": TASK.instances}
+    assert list(TASK.parts) == ["depth", "instances"]
 
 
 def test_loss_is_the_sum_of_the_losses_of_the_parts(state, batch, all_labels_noise):
@@ -69,7 +77,8 @@ def test_loss_is_the_sum_of_the_losses_of_the_parts(state, batch, all_labels_noi
     jax.tree.map(np.testing.assert_array_equal, new_state, state[1])
     alone, expected = {}, {}
     for name, part in TASK.parts.items():
-        alone[name], (own, _) = jax.jit(part.loss)(*state, batch[name], jax.random.key(1))
+        task = dataclasses.replace(TASK, parts={name: part})
+        alone[name], (own, _) = jax.jit(task.loss)(*state, {name: batch[name]}, jax.random.key(1))
         expected |= {f"{name}/{metric}": value for metric, value in own.items()}
     assert set(metrics) == set(expected) >= {"depth/silog", "instances/mask_aux"}
     for name, value in metrics.items():
@@ -92,8 +101,8 @@ def test_short_sequences_are_not_padded_to_long_ones(state, batch):
 
 
 def test_depth_images_are_padded_with_zeros_after_scaling(state, batch):
-    part = dataclasses.replace(TASK.depth, normalize_image=True)
-    images = np.asarray(part.prepare(state[1], batch["depth"], jax.random.key(0)).images)
+    part = dataclasses.replace(DEPTH, normalize_image=True)
+    images = np.asarray(part.inputs(state[1], batch["depth"], jax.random.key(0)).images)
     assert images.shape == (4, SIZE, SIZE, 3)
     np.testing.assert_array_equal(images[:, DEPTH_SIZE:], 0)
     np.testing.assert_array_equal(images[:, :, DEPTH_SIZE:], 0)
@@ -115,8 +124,8 @@ def test_parts_predict_with_the_weights_of_all(state, batch):
 
 def test_head_of_the_memory_loss_is_a_parameter_of_the_joint_task(batch):
     """It wants unpadded depth images; prediction does without it."""
-    depth = CONFIG["depth"] | {"image_size": SIZE, "pad_to": 0, "memory_weight": 0.5}
-    task = tasks.build(CONFIG | {"depth": depth})
+    depth = CONFIG["parts"]["depth"] | {"image_size": SIZE, "pad_to": 0, "memory_weight": 0.5}
+    task = tasks.build(with_parts(depth=depth))
     rng = np.random.default_rng(6)
     maps = {"depth": rng.uniform(1, 9, (3, SIZE, SIZE)).astype(np.float32)}
     maps["image"] = rng.random((3, SIZE, SIZE, 3), np.float32)
@@ -128,7 +137,7 @@ def test_head_of_the_memory_loss_is_a_parameter_of_the_joint_task(batch):
     differing = {name for name in ours if abs(ours[name] - other[name]) > 1e-5}
     assert differing == {"depth/memory_loss"}
     headless = {name: params[name] for name in ("backbone", "transformer")}
-    assert compiled_predict(task.instances)(headless, frozen, batch["instances"])["valid"].all()
+    assert compiled_predict(task.parts["instances"])(headless, frozen, batch["instances"])["valid"].all()
 
 
 def test_loss_is_the_same_on_any_number_of_devices(all_labels_noise):
@@ -147,75 +156,66 @@ def test_loss_is_the_same_on_any_number_of_devices(all_labels_noise):
 
 
 def test_detection_can_be_the_other_part():
-    task = tasks.build(CONFIG | {"instances": tiny.OWN | {"tokenizer": None}})
-    assert (task.instances.task_id, task.instances.mask_tokens, task.depth.task_id) == (0, 0, 2)
+    parts = tasks.build(with_parts(instances=tiny.OWN | {"tokenizer": None})).parts
+    assert (parts["instances"].task_id, parts["instances"].mask_tokens, parts["depth"].task_id) == (0, 0, 2)
 
 
-def replaced(part, **fields):
-    """The part with other fields of its transformer, vocabulary or backbone."""
-    solver = part.solver
-    parts = {"backbone": solver.backbone, "transformer": solver.transformer}
-    changed = {name: parts[name].clone(**fields.pop(name, {})) for name in parts}
-    return dataclasses.replace(part, solver=TaskSolver(**changed), **fields)
+def test_padded_images_must_come_to_one_size():
+    """By image_size or pad_to."""
+    for fields, size in (({"pad_to": 0}, 16), ({"pad_to": 32}, 32)):
+        parts = {"depth": dataclasses.replace(DEPTH, **fields), "instances": INSTANCES}
+        with pytest.raises(ValueError, match=rf"one size, by image_size or pad_to; .*'depth': {size}, 'instances': 24"):
+            dataclasses.replace(TASK, parts=parts)
+    both = dataclasses.replace(DEPTH, pad_to=0, image_size=SIZE)
+    assert dataclasses.replace(TASK, parts={"depth": both, "instances": INSTANCES}).parts["depth"] is both
 
 
-SHARED = "must have one of backbone, transformer, vocabulary, init_variance: give them once, in `shared`"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"backbone": {"embed_dim": 16}}, SHARED),
-        ({"transformer": {"decoder_layers": 2}}, SHARED),
-        (
-            # of the same size, but with the mask codes elsewhere
-            {"vocabulary": dataclasses.replace(TASK.depth.vocabulary, num_bins=11, num_classes=4)},
-            SHARED,
-        ),
-        (
-            {"image_size": 32},
-            r"depth.pad_to=24 must bring its images of 16 pixels to instances.image_size=32",
-        ),
-    ],
-)
-def test_parts_that_do_not_fit(changes, message):
-    instances = replaced(TASK.instances, **changes)
-    with pytest.raises(ValueError, match=message):
-        JointTask(depth=TASK.depth, instances=instances)
-
-
-def test_unpadded_depth_images_must_have_the_size_of_the_others():
-    unpadded = dataclasses.replace(TASK.depth, pad_to=0)
-    with pytest.raises(ValueError, match=r"depth.pad_to=0 .* 16 pixels to instances.image_size=24"):
-        JointTask(depth=unpadded, instances=TASK.instances)
-    both = dataclasses.replace(TASK.depth, pad_to=0, image_size=SIZE)
-    assert JointTask(depth=both, instances=TASK.instances).depth is both
+SHARED = r"task.parts.{name}.{key}: give it once, in task.shared"
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("config", "message"),
     [
-        ({"tokenizer": {}}, r"task: 'tokenizer' is unknown; valid: depth, instances, shared"),
-        ({"instance": {}}, r"task: 'instance' is unknown; did you mean 'instances'"),
-        ({"depth": CONFIG["depth"] | {"pad": 24}}, r"DepthTask: .*'pad' is unknown; did you mean 'pad_to'"),
+        (with_parts(tokenizer={}), r"task: 'tokenizer' is unknown; valid: depth, instances, normals"),
+        (with_parts(instance={}), r"task: 'instance' is unknown; did you mean 'instances'"),
+        (with_parts(depth=CONFIG["parts"]["depth"] | {"pad": 24}), r"MapPart: .*'pad' is unknown; did you mean"),
+        (with_parts(instances=tiny.OWN | {"objects": 4}), r"ObjectsPart: .*'objects' is unknown; did you mean"),
         (
-            {"instances": tiny.OWN | {"objects": 4}},
-            r"InstancesTask: .*'objects' is unknown; did you mean 'num_objects'",
+            CONFIG | {"shared": CONFIG["shared"] | {"backbones": {}}},
+            r"task.shared: 'backbones' is unknown; did you mean 'backbone'",
         ),
-        ({"shared": CONFIG["shared"] | {"backbones": {}}}, r"'backbones' is unknown; did you mean 'backbone'"),
-        ({"depth": CONFIG["depth"] | {"transformer": {**tiny.SHARED["transformer"], "hidden": 8}}}, SHARED),
+        (
+            with_parts(depth=CONFIG["parts"]["depth"] | {"transformer": {"hidden": 8}}),
+            SHARED.format(name="depth", key="transformer"),
+        ),
+        (
+            with_parts(instances=tiny.OWN | {"vocabulary": {"num_bins": 11}}),
+            SHARED.format(name="instances", key="vocabulary"),
+        ),
+        (CONFIG | {"name": "solvers"}, r"task.name='solvers' is no task"),
     ],
 )
-def test_configuration_errors(changes, message):
+def test_configuration_errors(config, message):
     with pytest.raises(ValueError, match=message):
-        tasks.build(CONFIG | changes)
+        tasks.build(config)
 
 
-def test_shared_entries_belong_to_both_parts():
-    assert TASK.depth.solver == TASK.instances.solver
-    assert TASK.depth.vocabulary == TASK.instances.vocabulary
-    assert (TASK.depth.vocabulary.num_mask_codes, TASK.depth.vocabulary.num_depth_codes) == (tiny.CODES, K)
-    assert tasks.build(CONFIG) == TASK
+def test_shared_entries_belong_to_all_parts():
+    for part in TASK.parts.values():
+        assert part.solver == TASK.solver
+        assert part.vocabulary == TASK.vocabulary
+    assert TASK.vocabulary.codes == (("mask", tiny.CODES), ("depth", K))
+    again = tasks.build(CONFIG)
+    assert (again.parts, again.solver) == (TASK.parts, TASK.solver)
+    old = tasks.build({"name": "joint", "shared": CONFIG["shared"], **CONFIG["parts"]})
+    assert (old.parts, old.solver, old.vocabulary) == (TASK.parts, TASK.solver, TASK.vocabulary)
+
+
+def test_parts_may_have_names_of_their_own():
+    named = {"near": CONFIG["parts"]["depth"] | {"name": "depth"}, "things": tiny.OWN | {"name": "instances"}}
+    task = tasks.build(CONFIG | {"parts": named})
+    assert task.parts == {"near": DEPTH, "things": INSTANCES}
+    assert isinstance(task, SolverTask)
 
 
 def test_fresh_linear_layers_keep_the_variance_asked_for(batch):

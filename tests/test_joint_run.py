@@ -4,14 +4,15 @@ import json
 import logging
 import re
 
+import config_files
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-import configs
 from aitok_jax import Predictor
 from aitok_jax.data import scenes
+from aitok_jax.scenes.furniture import CLASSES
 from aitok_jax.training import loop
 
 SIZE = 64
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 def small(name: str):
     """A published configuration, shrunk in every size, on the scenes."""
-    config = configs.load(name)
+    config = config_files.load(name)
     for key in ("batch_size", "eval_batch_size"):
         config.update({key: 8 if isinstance(config[key], int) else {"depth": 8, "instances": 16}})
     config.train_steps, config.eval_every, config.log_every = 4, 0, 2
@@ -65,12 +66,12 @@ def joint_config(folder):
     depth_data(config.data.depth, folder)
     coco_data(config.data.instances, folder)
     config.data.instances.update({"size": 80, "num_objects": 6, "jitter": (0.8, 1.25)})
-    config.task.depth.update({"image_size": SIZE, "pad_to": 80, "eval_crop": None})
-    config.task.instances.update({"image_size": 80, "num_objects": 6, "mask_size": 32})
-    for part in (config.task.depth, config.task.instances):
+    config.task.parts.depth.update({"image_size": SIZE, "pad_to": 80, "eval_crop": None})
+    config.task.parts.instances.update({"image_size": 80, "num_objects": 6, "mask_size": 32})
+    for part in (config.task.parts.depth, config.task.parts.instances):
         part.tokenizer.update({**TOKENIZER, "downsample": 16})
     shared = config.task.shared
-    shared.vocabulary.update({"num_bins": 80, "num_classes": 9, "num_mask_codes": 16, "num_depth_codes": 16})
+    shared.vocabulary.update({"num_bins": 80, "num_classes": 9, "codes": (("mask", 16), ("depth", 16))})
     shared.backbone.update({"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "patch": 8, "windows": (5, 5)})
     shared.backbone.update({"pretrain_windows": (5, 5), "use_shift": (False, False)})
     shared.transformer.update({"dim": 32, "num_heads": 4, "hidden": 64, "encoder_layers": 1, "decoder_layers": 1})
@@ -109,7 +110,7 @@ def test_a_run_compiles_one_training_step_and_one_prediction_a_task(joint, compi
 @pytest.mark.parametrize("field", ["num_objects", "mask_size"])
 def test_data_of_other_sizes_than_the_task_reads_is_refused(folder, tokenizers, tmp_path, field):
     config = joint_config(folder)
-    wanted = config.task.instances[field]
+    wanted = config.task.parts.instances[field]
     config.data.instances[field] = 2 * wanted
     with pytest.raises(ValueError, match=f"instances: data.{field}={2 * wanted} must be task.{field}={wanted}; change"):
         loop.train(config, tmp_path)
@@ -143,4 +144,4 @@ def test_one_set_of_weights_predicts_both(folder, joint):
     count = len(objects["scores"])
     assert objects["boxes"].shape == (count, 4)
     assert objects["masks"].shape == (count, *image.shape[:2])
-    assert set(objects["names"]) <= set(scenes.CLASSES)
+    assert set(objects["names"]) <= set(CLASSES)

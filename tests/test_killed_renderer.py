@@ -1,4 +1,4 @@
-"""A process that renders scenes and is killed."""
+"""A process that renders scenes and is killed at a random moment."""
 
 import multiprocessing
 import os
@@ -13,10 +13,13 @@ from aitok_jax.data import scenes
 SIZES = {"test": 2, "height": 48, "width": 64, "seed": 1}
 
 
-def test_a_killed_worker_is_an_error_and_made_good(tmp_path):
+def test_a_killed_worker_is_an_error_and_made_good(tmp_path, rng):
+    delay = rng.uniform(0, 0.5)
+
     def kill_one():
         while not list(tmp_path.rglob("*.jpg")):
             time.sleep(0.01)
+        time.sleep(delay)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)

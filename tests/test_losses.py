@@ -33,6 +33,7 @@ def test_every_loss_against_numpy(maps):
         "smooth_l1": huber.mean(),
         "mse_ignore_zero": (error[t > 0] ** 2).mean(),
         "silog": silog(p, t),
+        "mse_annotated": (error[(t != 0).any(-1)] ** 2).mean(),
     }
     assert expected.keys() == losses.RECONSTRUCTION.keys()
     for name, value in expected.items():
@@ -59,6 +60,18 @@ def test_what_is_not_annotated_does_not_count(maps):
         value, gradient = jax.value_and_grad(loss)(p, np.zeros_like(t))
         assert value == 0
         np.testing.assert_array_equal(gradient, 0)
+
+
+def test_vectors_count_where_they_are_not_all_zero():
+    """Zero and negative components of others count."""
+    target = np.array([[[0, 0, 0], [0, -1, 0], [1, 0, 0]]], np.float32)
+    prediction = np.array([[[9, 9, 9], [0, 0, 3], [1, 0, 0]]], np.float32)
+    value, gradient = jax.value_and_grad(losses.mse_annotated)(prediction, target)
+    np.testing.assert_allclose(value, (1 + 9) / 6)
+    np.testing.assert_allclose(gradient[0], np.array([[0, 0, 0], [0, 2, 6], [0, 0, 0]]) / 6, rtol=1e-6)
+    value, gradient = jax.value_and_grad(losses.mse_annotated)(prediction, 0 * target)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
 
 
 def test_silog_clips_and_is_free_of_scale_at_full_focus(maps):

@@ -10,8 +10,9 @@ import setups
 from PIL import Image
 
 from aitok_jax.config import format_workdir
-from aitok_jax.data import pipeline, scenes
+from aitok_jax.data import datasets, scenes
 from aitok_jax.models.bins import BinsTokenizer
+from aitok_jax.tasks.modalities import Depth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ def config(tmp_path_factory):
 def test_only_pixels_that_the_sensor_lost_count(config):
     exact = config.data.copy_and_resolve_references()
     exact.unlock().test_list = measures.EXACT
-    sensor, exact = pipeline.build(config.data), pipeline.build(exact)
+    sensor, exact = datasets.build(config.data), datasets.build(exact)
     variables = {"params": {"bias": jnp.zeros(())}, "model_state": {}}
     found = measures.rmse_in_holes(Constant(), variables, sensor, exact, batch_size=8)
     expected = []
@@ -49,8 +50,8 @@ def test_only_pixels_that_the_sensor_lost_count(config):
 
 
 def test_bins_reconstruct_to_half_a_bin():
-    task = measures.BinsTask(BinsTokenizer(downsample=8, num_codes=128, max_value=10.0), None, 10.0)
+    part = measures.BinsPart(Depth(), BinsTokenizer(downsample=8, num_codes=128, max_value=10.0), None)
     depth = jnp.full((2, 16, 24), 3.21)
-    decoded = task.predict({}, {}, {"depth": depth})["depth"]
+    decoded = part.predict({}, {}, {"depth": depth})["depth"]
     assert decoded.shape == depth.shape
     assert 0 < float(jnp.abs(decoded - depth).max()) <= 5 / 128

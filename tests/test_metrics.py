@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from aitok_jax.evaluators.metrics import DEPTH_METRICS, EIGEN_CROP, confidence_spearman, depth_metrics, valid_pixels
+from aitok_jax.evaluators.metrics import confidence_spearman, inside
+from aitok_jax.tasks.modalities.depth import EIGEN_CROP, METRICS, Depth, mend
 
 FIXTURE = Path(__file__).parents[2] / "shared" / "data" / "eval_fixtures" / "depth_metrics" / "super_gradients.json"
 
@@ -19,6 +20,12 @@ def maps(seed=0, shape=(3, 24, 32)):
     depth[rng.random(shape) < 0.2] = 0
     prediction = (np.maximum(depth, 0.3) * np.exp(rng.normal(0, 0.3, shape))).astype(np.float32)
     return prediction, depth
+
+
+def depth_metrics(prediction, depth, crop=None):
+    """As the evaluator calls them."""
+    valid = Depth().measured(depth) & inside(crop, *depth.shape[1:])[None]
+    return Depth().metrics(prediction, depth, valid)
 
 
 def reference(p, t):
@@ -40,7 +47,7 @@ def reference(p, t):
 def test_each_image_matches_float64(jit):
     prediction, depth = maps()
     metrics = (jax.jit(depth_metrics) if jit else depth_metrics)(prediction, depth)
-    assert tuple(metrics) == DEPTH_METRICS or jit  # jit sorts the names
+    assert tuple(metrics) == METRICS or jit  # jit sorts the names
     for i in range(3):
         valid = depth[i] > 0
         expected = reference(prediction[i][valid], depth[i][valid])
@@ -61,20 +68,20 @@ def test_published_two_by_two_example():
 def test_pixels_outside_crop_and_range_never_count():
     prediction, depth = maps(shape=(2, 480, 640))
     metrics = depth_metrics(prediction, depth, crop=EIGEN_CROP)
-    inside = np.zeros(depth.shape, bool)
-    inside[:, 45:471, 41:601] = True
-    counts = inside & (depth > 0)
-    np.testing.assert_array_equal(valid_pixels(depth, crop=EIGEN_CROP), counts)
+    cropped = np.zeros(depth.shape, bool)
+    cropped[:, 45:471, 41:601] = True
+    counts = cropped & (depth > 0)
+    np.testing.assert_array_equal(inside(EIGEN_CROP, 480, 640), cropped[0])
     other_depth = np.where(depth == 0, np.float32(20), depth)
     other = depth_metrics(np.where(counts, prediction, np.nan), other_depth, crop=EIGEN_CROP)
-    for name in DEPTH_METRICS:
+    for name in METRICS:
         np.testing.assert_array_equal(metrics[name], other[name])
 
 
-def test_range_is_open_and_follows_the_arguments():
+def test_range_is_open_and_follows_the_modality():
     depth = np.array([[[0, 1e-3, 2e-3, 1.0, 2.0, 3.0]]], np.float32)
-    np.testing.assert_array_equal(valid_pixels(depth, max_depth=2.0)[0, 0], [0, 0, 1, 1, 0, 0])
-    np.testing.assert_array_equal(valid_pixels(depth, min_depth=1.0)[0, 0], [0, 0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(Depth(max_depth=2.0).measured(depth)[0, 0], [0, 0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(Depth().measured(depth)[0, 0], [0, 0, 1, 1, 1, 1])
 
 
 def test_broken_predictions_are_mended_but_not_clamped():
@@ -82,6 +89,8 @@ def test_broken_predictions_are_mended_but_not_clamped():
     prediction = np.array([[[np.inf, np.nan, 2.0, 30.0]]], np.float32)
     expected = np.sqrt(np.mean(np.square(np.array([8.0, 2 - 1e-3, 0.0, 28.0]))))
     np.testing.assert_allclose(depth_metrics(prediction, depth)["rmse"], [expected], rtol=1e-6)
+    np.testing.assert_allclose(mend(prediction, 7.0)[0, 0], [7, 1e-3, 2, 30])
+    np.testing.assert_allclose(Depth().error(prediction, depth)[0, 0], [8, 2 - 1e-3, 0, 28])
 
 
 def test_negative_predictions_are_misses():
@@ -95,7 +104,7 @@ def test_image_without_depth_is_nan_and_leaves_the_others_alone():
     depth[1] = 0
     metrics = depth_metrics(prediction, depth)
     alone = depth_metrics(prediction[[0, 2]], depth[[0, 2]])
-    for name in DEPTH_METRICS:
+    for name in METRICS:
         assert np.isnan(metrics[name][1])
         np.testing.assert_allclose(metrics[name][np.array([0, 2])], alone[name], rtol=1e-6)
 
@@ -105,23 +114,23 @@ def test_confidence_correlation_matches_scipy():
     rng = np.random.default_rng(1)
     error = np.abs(prediction - depth)
     confidence = np.round(1 / (1 + error + rng.uniform(0, 1, error.shape)), 1).astype(np.float32)  # many ties
-    ours = confidence_spearman(confidence, prediction, depth)
+    ours = confidence_spearman(confidence, error, depth > 0)
     for i in range(3):
         valid = depth[i] > 0
         np.testing.assert_allclose(ours[i], stats.spearmanr(confidence[i][valid], -error[i][valid])[0], rtol=1e-4)
-    np.testing.assert_allclose(confidence_spearman(-error, prediction, depth), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(confidence_spearman(error, prediction, depth), -1.0, rtol=1e-5)
+    np.testing.assert_allclose(confidence_spearman(-error, error, depth > 0), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(confidence_spearman(error, error, depth > 0), -1.0, rtol=1e-5)
 
 
 def test_confidence_correlation_without_information():
     prediction, depth = maps()
     depth[1] = 0
-    ours = np.asarray(confidence_spearman(np.ones_like(depth), prediction, depth))
+    error = np.abs(prediction - depth)
+    ours = np.asarray(confidence_spearman(np.ones_like(depth), error, depth > 0))
     np.testing.assert_array_equal(ours, [0, np.nan, 0])
 
 
-def test_shapes_must_agree():
-    with pytest.raises(ValueError, match=r"\[B, H, W\].*'depth': \(1, 4, 5\)"):
-        depth_metrics(np.ones((1, 4, 4)), np.ones((1, 4, 5)))
-    with pytest.raises(ValueError, match=r"\[B, H, W\]"):
-        depth_metrics(np.ones((4, 4)), np.ones((4, 4)))
+@pytest.mark.parametrize("crop", [(0, 5, 0, 6), (2, 2, 0, 5), (-1, 3, 0, 5), (0, 4, 3, 2)])
+def test_a_crop_must_lie_inside(crop):
+    with pytest.raises(ValueError, match=r"eval_crop=.* does not fit evaluation images of 4x5"):
+        inside(crop, 4, 5)

@@ -6,8 +6,11 @@ import pytest
 from test_nyu import write_pair
 from test_pipeline import SOLVER, assert_same, data_config, take
 
-from aitok_jax.data import pipeline, prepare
+from aitok_jax.data import datasets, pipeline, prepare
 from aitok_jax.data.sources import mixture, nyu
+from aitok_jax.tasks.modalities import Depth
+
+DEPTH = Depth()
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def roots(tmp_path):
 
 
 def mixed(roots, count=1, **options):
-    return mixture.Mixture(*(nyu.NyuSource(root, **options) for root in roots), count)
+    return mixture.Mixture(*(nyu.NyuSource(DEPTH, root, **options) for root in roots), count)
 
 
 def test_every_batch_has_its_shares_and_every_epoch_all_examples(roots):
@@ -33,7 +36,7 @@ def test_every_batch_has_its_shares_and_every_epoch_all_examples(roots):
 
 
 def test_the_first_source_is_read_as_if_alone(roots):
-    alone = take(pipeline.train_batches(nyu.NyuSource(roots[0]), SOLVER, batch_size=4, seed=1), 5)
+    alone = take(pipeline.train_batches(nyu.NyuSource(DEPTH, roots[0]), SOLVER, batch_size=4, seed=1), 5)
     both = take(pipeline.train_batches(mixed(roots, 2), SOLVER, batch_size=6, seed=1), 5)
     for a, b in zip(alone, both, strict=True):
         np.testing.assert_array_equal(a["id"], b["id"][:4])
@@ -55,8 +58,8 @@ def test_a_function_of_seed_and_step_on_any_number_of_hosts(roots):
 
 def test_examples_are_those_of_the_sources(roots):
     source = mixed(roots)
-    second = nyu.NyuSource(roots[1])
-    assert source.names == [*nyu.NyuSource(roots[0]).names, *second.names]
+    second = nyu.NyuSource(DEPTH, roots[1])
+    assert source.names == [*nyu.NyuSource(DEPTH, roots[0]).names, *second.names]
     assert_same(source.read(6), second.read(1))
     (roots[1] / "room/rgb_00002.jpg").write_bytes(b"broken")
     used, example = mixed(roots, on_error="skip").read_readable(7)
@@ -68,7 +71,7 @@ def test_examples_are_those_of_the_sources(roots):
 
 def test_built_from_a_config(roots):
     options = {"root": str(roots[0]), "also_root": str(roots[1]), "also_count": 1, "expected_train": 5}
-    data = pipeline.build(data_config(**options))
+    data = datasets.build(data_config(**options))
     assert (len(data.train), len(data.eval)) == (8, 1)
     assert data.fingerprint()["train"]["count"] == 1
     for size in (1, 0):
@@ -76,7 +79,7 @@ def test_built_from_a_config(roots):
             ValueError, match=rf"also_count=1 must be between 1 and batch_size - 1 = 0|batch_size={size}"
         ):
             pipeline.train_batches(data.train, SOLVER, batch_size=size, seed=0)
-    tokens = pipeline.build(data_config(**options, recipe="tokenizer"))
+    tokens = datasets.build(data_config(**options, recipe="tokenizer"))
     (batch,) = take(pipeline.train_batches(tokens.train, tokens.train_transform, batch_size=2, seed=0), 1)
     assert set(batch) == {"depth", "id", "mask"}
 
@@ -90,7 +93,7 @@ def test_a_list_is_not_for_prepared_data_beside_it(roots, tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", arguments)
     prepare.main()
     options = {"root": str(roots[0]), "train_list": "train.txt", "also_root": str(prepared), "also_count": 1}
-    assert len(pipeline.build(data_config(**options)).train) == 2 + 3
+    assert len(datasets.build(data_config(**options)).train) == 2 + 3
 
 
 def test_classes_must_be_the_same(tmp_path):

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import config_files
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import configs
 from aitok_jax import main
 from aitok_jax.config import format_workdir, to_json
 from aitok_jax.parallel import processes
@@ -31,7 +31,7 @@ def get_config():
 
 def small_config():
     """The parallel quickstart's smoke run with small networks, and test images that do not fill a batch."""
-    config = configs.load("quickstart", "smoke,parallel")
+    config = config_files.load("quickstart", "smoke,parallel")
     for stage in config.stages.values():
         stage.update({"batch_size": 8, "eval_batch_size": 8, "train_steps": 4, "log_every": 1})
         stage.data.render.update({"train": 16, "test": 6})
@@ -55,7 +55,7 @@ def config_file(tmp_path_factory):
 def _command(*arguments):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2"),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
     }

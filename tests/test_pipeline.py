@@ -10,8 +10,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import aitok_jax.data
-from aitok_jax.data import map_transforms, pipeline
+from aitok_jax.data import datasets, map_transforms, pipeline
 from aitok_jax.data.sources import nyu
+from aitok_jax.tasks.modalities import Depth
+
+DEPTH = Depth()
 
 
 class Frames:
@@ -67,7 +70,7 @@ def assert_same(a, b):
         assert a[key].dtype == b[key].dtype
 
 
-SOLVER = map_transforms.solver_train(10)
+SOLVER = map_transforms.solver_train(DEPTH, 10)
 
 
 def test_batch_contract():
@@ -99,7 +102,7 @@ def test_hosts_share_the_batch_of_one(hosts):
     source = Frames(7)
     train = {"batch_size": 6, "seed": 5, "start_step": 2}
     for call, options in ((pipeline.train_batches, train), (pipeline.eval_batches, {"batch_size": 6})):
-        transform = SOLVER if call is pipeline.train_batches else map_transforms.evaluation()
+        transform = SOLVER if call is pipeline.train_batches else map_transforms.evaluation(DEPTH)
         one = take(call(source, transform, **options), 2)
         shares = [
             take(call(source, transform, **options, process_index=i, process_count=hosts), 2) for i in range(hosts)
@@ -140,7 +143,7 @@ def test_large_seeds_and_single_examples_work():
 @pytest.mark.parametrize(("count", "batch_size", "steps"), [(5, 4, 2), (4, 4, 1), (2, 4, 1), (9, 4, 3)])
 def test_eval_covers_everything_once_and_pads(count, batch_size, steps):
     source = Frames(count)
-    batches = list(pipeline.eval_batches(source, map_transforms.evaluation(), batch_size=batch_size))
+    batches = list(pipeline.eval_batches(source, map_transforms.evaluation(DEPTH), batch_size=batch_size))
     assert len(batches) == steps
     joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     np.testing.assert_array_equal(joined["mask"], np.arange(steps * batch_size) < count)
@@ -154,8 +157,10 @@ def test_eval_covers_everything_once_and_pads(count, batch_size, steps):
 
 def test_depth_only_source(tmp_path):
     write_folder(tmp_path, 3)
-    source = nyu.NyuSource(tmp_path, images=False)
-    (batch,) = take(pipeline.train_batches(source, map_transforms.tokenizer_train(8, ()), batch_size=2, seed=0), 1)
+    source = nyu.NyuSource(DEPTH, tmp_path, images=False)
+    (batch,) = take(
+        pipeline.train_batches(source, map_transforms.tokenizer_train(DEPTH, 8, ()), batch_size=2, seed=0), 1
+    )
     assert set(batch) == {"depth", "id", "mask"}
     assert batch["depth"].shape == (2, 8, 8)
 
@@ -165,11 +170,11 @@ def test_reader_errors_come_out_as_they_were_raised():
     with pytest.raises(nyu.DataError, match=r"^frame_4: broken image file; restore it$"):
         take(batches, 2)
     with pytest.raises(nyu.DataError, match=r"^frame_2: "):
-        list(pipeline.eval_batches(PickyFrames(6, {2, 4}), map_transforms.evaluation(), batch_size=2))
+        list(pipeline.eval_batches(PickyFrames(6, {2, 4}), map_transforms.evaluation(DEPTH), batch_size=2))
 
 
 def test_batches_before_the_broken_one_arrive():
-    batches = pipeline.eval_batches(PickyFrames(6, {4}), map_transforms.evaluation(), batch_size=2)
+    batches = pipeline.eval_batches(PickyFrames(6, {4}), map_transforms.evaluation(DEPTH), batch_size=2)
     assert [batch["id"].tolist() for batch in take(batches, 2)] == [[0, 1], [2, 3]]
     with pytest.raises(nyu.DataError, match="frame_4"):
         next(batches)
@@ -177,26 +182,26 @@ def test_batches_before_the_broken_one_arrive():
 
 def test_missing_file_is_named(tmp_path):
     folder = write_folder(tmp_path, 2)
-    source = nyu.NyuSource(tmp_path)
+    source = nyu.NyuSource(DEPTH, tmp_path)
     (folder / "rgb_00001.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"room/rgb_00001\.jpg: missing file"):
-        list(pipeline.eval_batches(source, map_transforms.evaluation(), batch_size=2))
+        list(pipeline.eval_batches(source, map_transforms.evaluation(DEPTH), batch_size=2))
 
 
 def test_an_image_truncated_in_the_middle_of_an_epoch(tmp_path):
     folder = write_folder(tmp_path, 40)
     options = {"batch_size": 2, "seed": 6}
-    whole = take(pipeline.train_batches(nyu.NyuSource(tmp_path), SOLVER, **options), 20)
+    whole = take(pipeline.train_batches(nyu.NyuSource(DEPTH, tmp_path), SOLVER, **options), 20)
     bad = int(whole[17]["id"][1])
     path = folder / f"rgb_{bad:05}.jpg"
-    batches = pipeline.train_batches(nyu.NyuSource(tmp_path), SOLVER, **options)
+    batches = pipeline.train_batches(nyu.NyuSource(DEPTH, tmp_path), SOLVER, **options)
     take(batches, 2)
     path.write_bytes(path.read_bytes()[:300])
     for a, b in zip(take(batches, 15), whole[2:17], strict=True):
         assert_same(a, b)
     with pytest.raises(nyu.DataError, match=rf"rgb_{bad:05}\.jpg: broken image file"):
         next(batches)
-    source = nyu.NyuSource(tmp_path, on_error="skip")
+    source = nyu.NyuSource(DEPTH, tmp_path, on_error="skip")
     ids, expected = (
         np.concatenate([batch["id"] for batch in part])
         for part in (take(pipeline.train_batches(source, SOLVER, **options), 20), whole)
@@ -206,7 +211,7 @@ def test_an_image_truncated_in_the_middle_of_an_epoch(tmp_path):
 
 
 def test_too_small_images_are_named():
-    batches = pipeline.train_batches(Frames(2), map_transforms.solver_train(13), batch_size=2, seed=0)
+    batches = pipeline.train_batches(Frames(2), map_transforms.solver_train(DEPTH, 13), batch_size=2, seed=0)
     with pytest.raises(ValueError, match=r"frame_[01]: crop size 13 must be at most the 12x16 pixels"):
         next(batches)
 
@@ -216,14 +221,14 @@ def test_mixed_sizes():
     (batch,) = take(pipeline.train_batches(source, SOLVER, batch_size=4, seed=0), 1)
     assert batch["image"].shape == (4, 10, 10, 3)
     with pytest.raises(nyu.DataError, match=r"frame_\d is \d\dx\d\d but frame_\d is \d\dx\d\d; .*one size"):
-        list(pipeline.eval_batches(source, map_transforms.evaluation(), batch_size=4))
+        list(pipeline.eval_batches(source, map_transforms.evaluation(DEPTH), batch_size=4))
 
 
 def skipping(tmp_path, count, bad):
     folder = write_folder(tmp_path, count)
     for i in bad:
         (folder / f"rgb_{i:05}.jpg").write_bytes(b"broken")
-    return nyu.NyuSource(tmp_path, on_error="skip")
+    return nyu.NyuSource(DEPTH, tmp_path, on_error="skip")
 
 
 def test_skip_in_training_takes_the_next_one(tmp_path):
@@ -239,7 +244,7 @@ def test_skip_in_training_takes_the_next_one(tmp_path):
 
 def test_skip_in_evaluation_masks_out(tmp_path):
     source = skipping(tmp_path, 5, {0, 3})
-    batches = list(pipeline.eval_batches(source, map_transforms.evaluation(), batch_size=4))
+    batches = list(pipeline.eval_batches(source, map_transforms.evaluation(DEPTH), batch_size=4))
     assert np.concatenate([batch["mask"] for batch in batches]).tolist() == [0, 1, 1, 0, 1, 0, 0, 0]
     assert np.concatenate([batch["id"] for batch in batches]).tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
 
@@ -271,6 +276,7 @@ def test_negative_start():
 def data_config(root, **changes):
     values = dict(name="nyu", root=str(root), train_list="", test_list="", train_subfolder="", cache=False, size=10)
     values |= dict(test_subfolder="official_splits/test", recipe="solver", columns=(), color=True, cutdepth="published")
+    values |= dict(modality="depth", also_root="", also_count=0)
     values |= dict(on_error="raise", expected_train=0, expected_test=0, render={})
     return ConfigDict({**values, **changes})
 
@@ -278,14 +284,14 @@ def data_config(root, **changes):
 def test_build_solver_and_tokenizer(tmp_path):
     write_folder(tmp_path, 4)
     write_folder(tmp_path, 2, "official_splits/test")
-    data = pipeline.build(data_config(tmp_path, expected_train=4, expected_test=2))
+    data = datasets.build(data_config(tmp_path, expected_train=4, expected_test=2))
     assert (len(data.train), len(data.eval)) == (4, 2)
     (batch,) = take(pipeline.train_batches(data.train, data.train_transform, batch_size=2, seed=0), 1)
     assert batch["image"].shape == (2, 10, 10, 3)
     (batch,) = pipeline.eval_batches(data.eval, data.eval_transform, batch_size=2)
     assert batch["image"].shape == (2, 12, 16, 3)
 
-    data = pipeline.build(data_config(tmp_path, recipe="tokenizer", columns=(3, 14)))
+    data = datasets.build(data_config(tmp_path, recipe="tokenizer", columns=(3, 14)))
     assert not data.train.images
     (batch,) = take(pipeline.train_batches(data.train, data.train_transform, batch_size=2, seed=0), 1)
     assert set(batch) == {"depth", "id", "mask"}
@@ -298,13 +304,14 @@ def test_build_errors(tmp_path):
     write_folder(tmp_path, 2, "official_splits/test")
     for changes, message in (
         ({"name": "kitti"}, r"data\.name='kitti' must be 'nyu'"),
+        ({"modality": "dept"}, r"data\.modality: 'dept' is unknown; did you mean 'depth'"),
         ({"recipe": "mask"}, r"data\.recipe='mask' must be one of \('tokenizer', 'solver'\)"),
         ({"cutdepth": "no"}, "cutdepth='no' must be one of"),
         ({"expected_train": 24231}, "4 pairs, but expected_count=24231"),
         ({"expected_test": 654}, "2 pairs, but expected_count=654"),
     ):
         with pytest.raises(ValueError, match=message):
-            pipeline.build(data_config(tmp_path, **changes))
+            datasets.build(data_config(tmp_path, **changes))
 
 
 def test_build_renders_first(tmp_path, monkeypatch):
@@ -319,7 +326,7 @@ def test_build_renders_first(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "aitok_jax.data.scenes", fake)
     monkeypatch.setattr(aitok_jax.data, "scenes", fake, raising=False)
     render = {"train": 3, "test": 1, "height": 12, "width": 16, "seed": 7}
-    data = pipeline.build(data_config(tmp_path / "new", render=render))
+    data = datasets.build(data_config(tmp_path / "new", render=render))
     assert (len(data.train), len(data.eval)) == (3, 1)
     assert calls[0].pop("workers") >= 1
     assert calls == [render]
@@ -355,8 +362,8 @@ def test_leaving_with_an_open_iterator_does_not_hang():
 
 
 def test_real_frames_solver_batch(nyu_frames):
-    source = nyu.NyuSource(nyu_frames, "list.txt")
-    (batch,) = take(pipeline.train_batches(source, map_transforms.solver_train(480), batch_size=4, seed=0), 1)
+    source = nyu.NyuSource(DEPTH, nyu_frames, "list.txt")
+    (batch,) = take(pipeline.train_batches(source, map_transforms.solver_train(DEPTH, 480), batch_size=4, seed=0), 1)
     assert batch["image"].shape == (4, 480, 480, 3)
     assert 0.1 < batch["image"].mean() < 0.9
     seen = batch["depth"][batch["depth"] > 0]

@@ -10,8 +10,9 @@ from PIL import Image
 from toy_depth import fake_checkpoint, picture
 
 from aitok_jax import visualize
-from aitok_jax.predict import __main__ as command
-from aitok_jax.predict.__main__ import find_images, main, name_results
+from aitok_jax.predict import outputs
+from aitok_jax.predict.__main__ import main
+from aitok_jax.predict.outputs import find_images, name_results
 from aitok_jax.predict.predictor import Predictor
 
 
@@ -143,12 +144,13 @@ def test_wrong_options_stop_before_any_image(checkpoint, options, message, tmp_p
 def test_large_images_have_small_panels(checkpoint, tmp_path, monkeypatch):
     shown = []
 
-    def panel(image, depth, **rest):
-        shown.append((image, depth, rest))
+    def panel(modality, image, prediction, **rest):
+        assert modality.name == "depth"
+        shown.append((image, prediction, rest))
         return np.zeros((1, 1, 3), np.uint8)
 
-    monkeypatch.setattr(visualize, "depth_panel", panel)
-    monkeypatch.setattr(command, "PANEL_SIDE", 50)
+    monkeypatch.setattr(visualize, "map_panel", panel)
+    monkeypatch.setattr(outputs, "PANEL_SIDE", 50)
     Image.fromarray(picture(101, 139)).save(tmp_path / "x.png")
     assert main([checkpoint, f"--image={tmp_path / 'x.png'}", f"--out={tmp_path}"]) == 0
     image, depth, rest = shown[0]

@@ -3,6 +3,8 @@ real ones."""
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_runs import CATEGORIES
 
-from aitok_jax import tasks
+from aitok_jax import tasks, visualize
 from aitok_jax.data import object_transforms
-from aitok_jax.predict import __main__ as command
-from aitok_jax.predict import predictor
 from aitok_jax.predict.__main__ import main
 from aitok_jax.predict.predictor import Predictor
 from aitok_jax.tasks import paste
@@ -31,9 +31,15 @@ VOCABULARY = Vocabulary(num_classes=4)
 class ToyObjects:
     """Objects as in its parameters, the first of them boxed around what is white; masks are their boxes' left half."""
 
+    kind: ClassVar[str] = "objects"
+
     image_size: int = 64
-    tokenizer: str | None = "masks"
+    masks: bool = True
     vocabulary: Vocabulary = VOCABULARY
+
+    @property
+    def answers(self):
+        return ("instances", "detection") if self.masks else ("detection",)
 
     def predict(self, params, model_state, batch):
         return jax.vmap(lambda image: self.find(params, image))(batch["image"])
@@ -43,7 +49,7 @@ class ToyObjects:
         edges = [f(white.any(axis)) for f in (first, last) for axis in (0, 1)]
         boxes = params["boxes"].at[0].set(jnp.stack(edges).astype(jnp.float32))
         masks = jnp.zeros((len(boxes), 4, 4)).at[:, :, :2].set(1.0)
-        return {**params, "boxes": boxes} | ({"masks": masks} if self.tokenizer else {})
+        return {**params, "boxes": boxes} | ({"masks": masks} if self.masks else {})
 
 
 def first(is_white):
@@ -70,10 +76,14 @@ TOY = {  # in a 64 x 64 input, of which an image of 100 x 200 fills the upper ha
 }
 
 
+def toy_task(**options):
+    return SimpleNamespace(parts={"objects": ToyObjects(**options)})
+
+
 def toy_predictor(**options):
     params = {name: np.asarray(values) for name, values in TOY.items()}
     params["boxes"], params["scores"] = (params[name].astype(np.float32) for name in ("boxes", "scores"))
-    return Predictor(ToyObjects(**options), params, {}, "instances", CATEGORIES)
+    return Predictor(toy_task(**options), params, {}, CATEGORIES)
 
 
 @pytest.fixture
@@ -132,7 +142,7 @@ def test_detection_is_instances_without_masks(toy):
     assert detection.keys() == instances.keys()
     for name, values in detection.items():
         np.testing.assert_array_equal(values, instances[name])
-    detector = toy_predictor(tokenizer=None)
+    detector = toy_predictor(masks=False)
     assert detector.tasks == ("detection",)
     np.testing.assert_array_equal(detector(image)["boxes"], detection["boxes"])
     with pytest.raises(ValueError, match=r"task='instances'.*: 'detection'"):
@@ -168,10 +178,10 @@ def test_coco_results(toy):
 
 
 def test_categories():
-    unnamed = Predictor(ToyObjects(), {}, {}, "instances").categories
+    unnamed = Predictor(toy_task(), {}, {}).categories
     assert unnamed == [{"id": i + 1, "name": f"class {i}"} for i in range(4)]
     with pytest.raises(ValueError, match=r"6 categories.* 4 classes"):
-        Predictor(ToyObjects(), {}, {}, "instances", 2 * CATEGORIES)
+        Predictor(toy_task(), {}, {}, 2 * CATEGORIES)
 
 
 @pytest.fixture(scope="module")
@@ -185,18 +195,21 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("kind", "can"),
-    [("detection", predictor.TASKS[2:]), ("instances", predictor.TASKS[1:]), ("joint", predictor.TASKS)],
+    [
+        ("detection", ("detection",)),
+        ("instances", ("instances", "detection")),
+        ("joint", ("depth", "instances", "detection")),
+    ],
 )
 def test_a_checkpoint_predicts_as_its_evaluation(runs, kind, can):
     predictor = Predictor.load(runs / kind)
     assert predictor.tasks == can
     assert predictor.categories == CATEGORIES
     config, weights = checkpoint.load_inference(runs / kind)
-    task = tasks.build(config.task)
-    task = getattr(task, "parts", {"instances": task})["instances"]
+    part = tasks.build(config.task).parts["instances"]
     image = np.random.default_rng(2).integers(0, 256, (45, 80, 3), dtype=np.uint8)
     example = object_transforms.evaluation(32)({"image": image}, np.random.default_rng(0))
-    outputs = compiled_predict(task)(weights["params"], weights["model_state"], {"image": example["image"][None]})
+    outputs = compiled_predict(part)(weights["params"], weights["model_state"], {"image": example["image"][None]})
     outputs = {name: np.asarray(values[0]) for name, values in outputs.items()}
     expected = paste.to_results(outputs, 5, [7, 2, 90], example["scale"], example["original_size"])
     assert expected
@@ -222,7 +235,7 @@ def test_a_list_is_predicted_as_its_images_are(runs):
         predictor.coco_results(images, image_id=[1, 2])
     with pytest.raises(ValueError, match=r"1 values of image_id for 3 images"):
         predictor.coco_results(images, image_id="abc")
-    with pytest.raises(ValueError, match=r"augment=True is for task='depth', not for 'instances'"):
+    with pytest.raises(ValueError, match=r"augment=True is for maps, not for task='instances'"):
         predictor(images, "instances", augment=True)
 
 
@@ -231,7 +244,8 @@ def test_a_joint_model_also_predicts_depth(runs):
     image = picture(45, 80)
     maps = predictor(image)
     config, weights = checkpoint.load_inference(runs / "joint")
-    alone = Predictor(tasks.build(config.task).parts["depth"], weights["params"], weights["model_state"])
+    depth = {"depth": tasks.build(config.task).parts["depth"]}
+    alone = Predictor(SimpleNamespace(parts=depth), weights["params"], weights["model_state"])
     assert maps["depth"].shape == (45, 80)
     np.testing.assert_array_equal(maps["depth"], alone(image)["depth"])
     assert set(predictor(image, "detection")) == {"boxes", "classes", "names", "scores"}
@@ -257,7 +271,7 @@ def test_the_panel_shows_objects_of_a_high_score(toy, monkeypatch, tmp_path):
     shown = []
     monkeypatch.setattr(Predictor, "load", lambda path: toy)
     monkeypatch.setattr(
-        command.visualize, "objects_panel", lambda *args, **_: shown.append(args) or np.zeros((1, 1, 3), np.uint8)
+        visualize, "objects_panel", lambda *args, **_: shown.append(args) or np.zeros((1, 1, 3), np.uint8)
     )
     Image.fromarray(picture(100, 200)).save(tmp_path / "room.png")
     words = ["--checkpoint=x", f"--image={tmp_path / 'room.png'}", f"--out={tmp_path}"]

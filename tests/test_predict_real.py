@@ -9,8 +9,8 @@ import tiny_runs
 from PIL import Image
 
 from aitok_jax import Predictor, tasks
+from aitok_jax.image import read_image
 from aitok_jax.predict import __main__ as command
-from aitok_jax.predict.predictor import read_image
 from aitok_jax.tasks.base import compiled_predict
 
 
@@ -22,7 +22,7 @@ def depth():
     options = {"vocabulary": tiny.VOCABULARY, "soft_input": False, "flip": False}
     task = tasks.build({"name": "depth", **shared, **own, **options})
     batch = {"image": np.zeros((1, 8, 8, 3), np.float32), "depth": np.zeros((1, 8, 8), np.float32)}
-    return Predictor(task, *tiny.random_state(task, batch))
+    return Predictor(task, *tiny.random_state(task, {"depth": batch}))
 
 
 @pytest.fixture(scope="module")

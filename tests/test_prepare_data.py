@@ -15,8 +15,9 @@ from test_nyu import write_pair
 from test_pipeline import SOLVER, data_config, take
 from test_prepared import command, raw_coco, write_coco, write_nyu
 
-from aitok_jax.data import pipeline
+from aitok_jax.data import datasets, pipeline
 from aitok_jax.data.sources import nyu, prepared
+from aitok_jax.image import read_image
 
 ANY = ("--train_count=0", "--test_count=0")
 
@@ -62,7 +63,7 @@ def test_broken_files_are_listed_and_limited(tmp_path, capsys):
     kept = [f"room_{i % 2}/rgb_{i:05}.jpg" for i in (0, 4, 6, 1, 5)]
     assert train.names == kept
     for i, name in enumerate(kept):
-        np.testing.assert_array_equal(train.read(i)["image"], nyu.read_image(raw / name))
+        np.testing.assert_array_equal(train.read(i)["image"], read_image(raw / name))
 
 
 def test_broken_annotations_count_too(tmp_path):
@@ -77,7 +78,7 @@ def test_broken_annotations_count_too(tmp_path):
         "coco", tmp_path / "raw", tmp_path / "out", *places, *ANY, "--max_broken=0"
     )
     command("coco", tmp_path / "raw", tmp_path / "out", *places, *ANY, "--max_broken=2")
-    data = pipeline.build(raw_coco(tmp_path / "out"))
+    data = datasets.build(raw_coco(tmp_path / "out"))
     assert len(data.train) == 1
     assert data.train.names == ["000000000004.jpg"]
     assert "annotation 6: broken mask" in (prepared.find(tmp_path / "out", "coco") / "broken.txt").read_text()
@@ -103,7 +104,7 @@ def test_scenes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["coco_instances", "nyu_pairs"]
     train, test = sources(tmp_path)
     assert (train.names[2], test.names[0]) == ("scene_0000/rgb_00002.jpg", "room/rgb_00000.jpg")
-    data = pipeline.build(raw_coco(tmp_path))
+    data = datasets.build(raw_coco(tmp_path))
     assert (len(data.train), len(data.eval)) == (3, 2)
     np.testing.assert_array_equal(data.eval.read(1)["image"], test.read(1)["image"])
 
@@ -118,7 +119,7 @@ def test_own_folder(tmp_path):
     out, given = tmp_path / "out", (f"--depth={depth}", f"--annotations={tmp_path / 'train.json'}")
     command("folder", images, out, *given, "--test_share=0.4")
     parts = sources(out)
-    data = pipeline.build(raw_coco(out))
+    data = datasets.build(raw_coco(out))
     names = [f"{i:012}.jpg" for i in range(1, 6)]
     assert sorted(parts[0].names + parts[1].names) == names
     assert parts[1].names == data.eval.names
@@ -182,14 +183,14 @@ def test_configs_that_do_not_fit(prepared_nyu, tmp_path):
         ({"expected_test": 654}, "3 pairs in test, but expected_count=654"),
     ):
         with pytest.raises(ValueError, match=message):
-            pipeline.build(data_config(prepared_nyu, **changes))
+            datasets.build(data_config(prepared_nyu, **changes))
     folder = prepared.find(prepared_nyu, "nyu")
     assert prepared.find(folder, "nyu") == folder
     with pytest.raises(ValueError, match="holds the prepared data 'nyu_pairs', but needed is coco_instances"):
-        pipeline.build(raw_coco(folder))
+        datasets.build(raw_coco(folder))
     shutil.copytree(folder, prepared_nyu / "nyu_pairs/2.0.0")
     with pytest.raises(ValueError, match=r"several prepared data sets: set data\.root to one of .*1\.0\.0, .*2\.0\.0"):
-        pipeline.build(data_config(prepared_nyu))
+        datasets.build(data_config(prepared_nyu))
 
 
 def test_nyu_depth_v2_of_tfds(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from test_coco_batches import data_config as coco_config
 from test_nyu import write_pair
 from test_pipeline import assert_same, data_config, take
 
-from aitok_jax.data import pipeline, prepare
+from aitok_jax.data import datasets, pipeline, prepare
 from aitok_jax.data.sources import nyu, prepared
 
 TRAINING = [
@@ -78,7 +78,7 @@ def coco_roots(tmp_path_factory):
 
 
 def both(roots, make):
-    return [pipeline.build(make(root)) for root in roots]
+    return [datasets.build(make(root)) for root in roots]
 
 
 def raw_coco(root, **changes):
@@ -133,18 +133,18 @@ def test_coco_mask_batches(coco_roots):
 
 def test_other_files_have_another_fingerprint(tmp_path):
     write_coco(tmp_path)
-    before = pipeline.build(raw_coco(tmp_path)).fingerprint()
-    assert before == pipeline.build(raw_coco(tmp_path)).fingerprint()
+    before = datasets.build(raw_coco(tmp_path)).fingerprint()
+    assert before == datasets.build(raw_coco(tmp_path)).fingerprint()
     path = tmp_path / "train.json"
     path.write_text(path.read_text().replace('"category_id": 2', '"category_id": 7', 1))
-    after = pipeline.build(raw_coco(tmp_path)).fingerprint()
+    after = datasets.build(raw_coco(tmp_path)).fingerprint()
     assert after["eval"] == before["eval"]
     assert {key for key in after["train"] if after["train"][key] != before["train"][key]} == {"annotations"}
     write_nyu(tmp_path / "nyu")
-    before = pipeline.build(data_config(tmp_path / "nyu")).fingerprint()
+    before = datasets.build(data_config(tmp_path / "nyu")).fingerprint()
     (tmp_path / "nyu/room_0/rgb_00000.jpg").rename(tmp_path / "nyu/room_0/rgb_00008.jpg")
     (tmp_path / "nyu/room_0/sync_depth_00000.png").rename(tmp_path / "nyu/room_0/sync_depth_00008.png")
-    after = pipeline.build(data_config(tmp_path / "nyu")).fingerprint()
+    after = datasets.build(data_config(tmp_path / "nyu")).fingerprint()
     assert {key for key in after["train"] if after["train"][key] != before["train"][key]} == {"names"}
 
 
@@ -165,7 +165,7 @@ def test_tensorflow_datasets_reads_it_too(coco_roots, nyu_roots):
 def test_more_than_memory_holds_keeps_its_order(nyu_roots, tmp_path, monkeypatch):
     monkeypatch.setattr("tensorflow_datasets.core.shuffle.MAX_MEM_BUFFER_SIZE", 0)  # sorts on the disk
     command("nyu", nyu_roots[0], tmp_path, *ANY)
-    ready, whole = (pipeline.build(data_config(root)).train for root in (tmp_path, nyu_roots[1]))
+    ready, whole = (datasets.build(data_config(root)).train for root in (tmp_path, nyu_roots[1]))
     assert ready.names == whole.names
     for i in range(6):
         assert_same(ready.read(i), whole.read(i))
@@ -173,11 +173,11 @@ def test_more_than_memory_holds_keeps_its_order(nyu_roots, tmp_path, monkeypatch
 
 def test_real_files(nyu_frames, coco_subset, tmp_path):
     command("nyu", nyu_frames, tmp_path, "--train_list=list.txt", "--test_list=list.txt", "--test_folder=", *ANY)
-    source = nyu.NyuSource(nyu_frames, "list.txt")
+    source = nyu.NyuSource(prepared.MODALITY, nyu_frames, "list.txt")
     ready, _ = prepared.nyu_sources(prepared.find(tmp_path, "nyu"), train_images=True, counts=(19, 19))
     command("coco", coco_subset, tmp_path, *ANY)
     raw = coco_config(coco_subset, **REAL_COCO)
-    a, b = pipeline.build(raw), pipeline.build(coco_config(tmp_path, **REAL_COCO))
+    a, b = datasets.build(raw), datasets.build(coco_config(tmp_path, **REAL_COCO))
     for one, other in ((source, ready), (a.train, b.train), (a.eval, b.eval)):
         assert one.names == other.names
         assert len(one) >= 19

@@ -1,8 +1,8 @@
 """The real RGB-D frames, in the published layout."""
 
+import config_files
 import pytest
 
-import configs
 from aitok_jax.training import loop
 
 pytestmark = pytest.mark.optimized
@@ -14,7 +14,7 @@ def test_tokenizer_on_the_real_frames(nyu_frames, tmp_path):
     data.mkdir()
     for scene in nyu_frames.iterdir():
         (data / scene.name).symlink_to(scene)
-    config = configs.load("vqvae_depth", "hidden=4,learning_rate=0.003")
+    config = config_files.load("vqvae_depth", "hidden=4,learning_rate=0.003")
     config.data.root, config.data.train_list, config.data.test_list = str(data), "list.txt", "list.txt"
     config.data.test_subfolder, config.data.cache = "", True
     config.data.size = config.task.image_size = 160

@@ -1,8 +1,8 @@
 """The mask tokenizer on real COCO masks: a short training keeps most of the validation masks' shape."""
 
+import config_files
 import pytest
 
-import configs
 from aitok_jax.training import loop
 
 pytestmark = pytest.mark.optimized
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.optimized
 
 def test_mask_tokenizer_keeps_real_masks(coco_subset, tmp_path):
     """250 steps on the 352 training masks; average precision of the 264 validation masks, of which 4 are crowds."""
-    config = configs.load("vqvae_mask", "hidden=8,faithful=false")
+    config = config_files.load("vqvae_mask", "hidden=8,faithful=false")
     config.data.root, config.data.cache = str(coco_subset), True
     config.task.tokenizer.code_dim = 32
     config.batch_size, config.eval_batch_size = 32, 64

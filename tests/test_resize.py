@@ -5,7 +5,9 @@ import pytest
 from toy_depth import picture
 
 from aitok_jax.data import object_transforms
-from aitok_jax.predict.views import NUM_VIEWS, average_views, fit_square, model_size, resize, view
+from aitok_jax.image import fit_square, resize
+from aitok_jax.predict.views import NUM_VIEWS, average_views, model_size, view
+from aitok_jax.tasks.modalities import Depth, Normals
 
 
 def test_model_size():
@@ -49,9 +51,16 @@ def test_views_are_put_back_where_they_were(height, width):
     for number, corner in enumerate([*corners, *((slice(-4, None), columns) for _, columns in corners)], 1):
         np.testing.assert_allclose(seen[number][corner], whole[corner], atol=9)
     maps = [{"depth": one[..., 0].astype(np.float32), "confidence": one[..., 1].astype(np.float32)} for one in seen]
-    averaged, zoom = average_views(maps), height / round(height / 1.1)
+    averaged, zoom = average_views(maps, Depth()), height / round(height / 1.1)
     np.testing.assert_allclose(averaged["depth"], (1 + zoom) / 2 * whole[..., 0], atol=4)
     np.testing.assert_allclose(averaged["confidence"], whole[..., 1], atol=4)
     assert all(map_.dtype == np.float32 for map_ in averaged.values())
-    alone = average_views(maps[:1])
+    alone = average_views(maps[:1], Depth())
     np.testing.assert_array_equal(alone["depth"], maps[0]["depth"])
+
+
+def test_views_of_maps_with_axes_of_their_own():
+    """Directions do not grow in the enlarged views."""
+    map_ = np.random.default_rng(0).normal(size=(1, 1, 3)) * np.ones((44, 66, 3))
+    maps = [{"normals": map_.astype(np.float32), "confidence": np.ones((44, 66), np.float32)}] * NUM_VIEWS
+    np.testing.assert_allclose(average_views(maps, Normals())["normals"], map_, rtol=1e-5)

@@ -3,13 +3,13 @@
 import re
 from types import SimpleNamespace
 
+import config_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import configs
 from aitok_jax import tasks
 from aitok_jax.parallel import overview, sharding
 from aitok_jax.training import loop, optim
@@ -54,21 +54,23 @@ KINDS = {  # without randomness, and with losses that are means over the example
             "drop_path": 0.0,
             "dropout": 0.0,
         },
-        "vocabulary": {"num_bins": 4, "num_classes": 2, "num_mask_codes": 2},
+        "vocabulary": {"num_bins": 4, "num_classes": 2, "codes": (("mask", 2),)},
     },
 }
 
 
 def run_of(kind, devices=8, fsdp=1, accumulate=1):
     config = {"seed": 0, "train_steps": STEPS, "optim": OPTIM, "ema_decay": 0.9, "accumulate": accumulate}
+    config["start_from"] = {}
     mesh = sharding.make_mesh(fsdp, jax.devices()[:devices])
     return SimpleNamespace(config=ConfigDict(config), task=tasks.build(KINDS[kind]), mesh=mesh)
 
 
-def batch(step):
+def batch(run, step):
     rng = np.random.default_rng(step)
     depth = rng.uniform(1, 9, (BATCH, 4, 4)).repeat(SIZE // 4, 1).repeat(SIZE // 4, 2).astype(np.float32)
-    return {"image": (depth[..., None] / 10 * np.ones(3, np.float32)) ** 2, "depth": depth}
+    example = {"image": (depth[..., None] / 10 * np.ones(3, np.float32)) ** 2, "depth": depth}
+    return dict.fromkeys(run.task.parts, example)
 
 
 def losses(run, start):
@@ -78,7 +80,7 @@ def losses(run, start):
     state = jax.device_put(jax.tree.map(jnp.array, start), shardings)
     step, values = loop.make_step(run, optimizer, shardings), []
     for number in range(STEPS):
-        state, metrics = step(state, sharding.shard_batch(batch(number), run.mesh), loop.random_key(run.config))
+        state, metrics = step(state, sharding.shard_batch(batch(run, number), run.mesh), loop.random_key(run.config))
         values.append(float(metrics["loss"]))
     return np.array(values), state
 
@@ -87,7 +89,7 @@ def losses(run, start):
 def reference(request):
     """The kind, the state at the start, and what one device makes of it."""
     run = run_of(request.param, devices=1)
-    example, no_checkpoint = sharding.shard_batch(batch(0), run.mesh), SimpleNamespace(all_steps=list)
+    example, no_checkpoint = sharding.shard_batch(batch(run, 0), run.mesh), SimpleNamespace(all_steps=list)
     optimizer = optim.make_optimizer(run.config.optim, STEPS)
     start, _ = loop.restore_or_init(run, no_checkpoint, optimizer, example)
     start = jax.tree.map(np.array, start)
@@ -113,9 +115,10 @@ def test_eight_devices_train_as_one_does(reference, how, monkeypatch):
 @pytest.mark.parametrize("backbone", ["swin_b", "swin_l"])
 def test_a_quarter_of_the_memory(backbone):
     """Of the published solvers, by their shapes: parameters, optimizer and moving average on a device."""
-    config = configs.load("nyu", f"backbone={backbone}")
+    config = config_files.load("nyu", f"backbone={backbone}")
     task, optimizer = tasks.build(config.task), optim.make_optimizer(config.optim, config.train_steps)
     images = {"image": np.zeros((1, 480, 480, 3), np.float32), "depth": np.zeros((1, 480, 480), np.float32)}
+    images = {"depth": images}
 
     def create():
         return TrainState.create(*task.init(jax.random.key(0), images), optimizer, ema_decay=0.9)

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax.tasks import sequences
+from aitok_jax.models.decode_objects import CLASS_SLOT
+from aitok_jax.tasks import from_scratch, sequences
 from aitok_jax.tasks.vocabulary import Vocabulary
 
 PUBLISHED = Vocabulary(num_spare=128)
-SMALL = Vocabulary(num_bins=10, num_classes=4, num_mask_codes=5, num_depth_codes=3)
+SMALL = Vocabulary(num_bins=10, num_classes=4, codes=(("mask", 5), ("depth", 3)))
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def objects():
 
 
 def test_tokens_of_a_known_list():
-    """The windows of AIT.md section 3: coordinates from 0, classes 2001, noise 2082, mask codes 2083."""
+    """The published windows: coordinates from 0, classes 2001, noise 2082, mask codes 2083."""
     boxes = np.array([[[0, 320, 640, 16], [6.4, 3.2, 639, 480]]], np.float32)
     codes = np.array([[[0, 127], [5, 1]]])
     tokens = sequences.object_tokens(PUBLISHED, boxes, np.array([[79, -1]]), codes, 640)
@@ -56,12 +57,12 @@ def test_boxes_come_back(objects):
 
 def test_every_token_lies_in_the_window_of_its_slot(objects):
     tokens, classes = np.asarray(sequences.object_tokens(SMALL, *objects, 20)), objects[1]
-    slots = SMALL.object_slots(2)
+    slots = [SMALL.coordinates] * 4 + [SMALL.classes] + [SMALL.codes_of("mask")] * 2
     assert len(slots) == tokens.shape[-1] == 7
     for slot, window in enumerate(slots):
         inside = (tokens[..., slot] >= window.start) & (tokens[..., slot] < window.stop)
-        np.testing.assert_array_equal(inside, classes >= 0 if slot == sequences.CLASS_SLOT else np.ones((3, 6), bool))
-    assert (tokens[classes < 0][:, sequences.CLASS_SLOT] == SMALL.noise).all()
+        np.testing.assert_array_equal(inside, classes >= 0 if slot == CLASS_SLOT else np.ones((3, 6), bool))
+    assert (tokens[classes < 0][:, CLASS_SLOT] == SMALL.noise).all()
 
 
 def test_objects_do_not_see_each_other(objects):
@@ -75,12 +76,12 @@ def corrupted():
     """(tokens, inputs) of 3000 images of 8 objects: true labels are the classes in turn, and noise."""
     labels = np.array([*range(SMALL.classes.start, SMALL.classes.stop), SMALL.noise, SMALL.noise, 11, 12])
     tokens = np.random.default_rng(2).integers(0, 20, (3000, 8, 7))
-    tokens[..., sequences.CLASS_SLOT] = labels
+    tokens[..., CLASS_SLOT] = labels
     return tokens, np.asarray(sequences.corrupt_labels(jax.random.key(0), SMALL, jnp.asarray(tokens)))
 
 
 def test_corruption_leaves_all_but_the_labels(corrupted):
-    tokens, inputs = (np.delete(x, sequences.CLASS_SLOT, -1) for x in corrupted)
+    tokens, inputs = (np.delete(x, CLASS_SLOT, -1) for x in corrupted)
     np.testing.assert_array_equal(inputs, tokens)
     again, other = (sequences.corrupt_labels(jax.random.key(k), SMALL, jnp.asarray(corrupted[0])) for k in (0, 1))
     np.testing.assert_array_equal(again, corrupted[1])
@@ -89,7 +90,7 @@ def test_corruption_leaves_all_but_the_labels(corrupted):
 
 def test_half_of_the_labels_become_noise_and_half_a_random_class(corrupted):
     """In every slot, whatever the true label is. Four standard deviations are 0.036 in a slot of 3000 images."""
-    labels = corrupted[1][..., sequences.CLASS_SLOT]
+    labels = corrupted[1][..., CLASS_SLOT]
     assert set(np.unique(labels)) == {*range(SMALL.classes.start, SMALL.classes.stop), SMALL.noise}
     shares = np.stack([(labels == value).mean(0) for value in (SMALL.noise, *range(11, 15))])
     np.testing.assert_allclose(shares, np.broadcast_to([[0.5]] + [[0.125]] * 4, shares.shape), atol=0.036)
@@ -98,7 +99,7 @@ def test_half_of_the_labels_become_noise_and_half_a_random_class(corrupted):
 
 def test_labels_are_corrupted_independently(corrupted):
     """Two labels agree with probability ¼ + 4 · (⅛)², between objects of one image and between images."""
-    labels = corrupted[1][..., sequences.CLASS_SLOT]
+    labels = corrupted[1][..., CLASS_SLOT]
     for agree in (labels == np.roll(labels, 1, 1), labels == np.roll(labels, 1, 0), labels == np.roll(labels, 3, 1)):
         assert agree.mean() == pytest.approx(0.25 + 4 / 64, abs=0.015)
 
@@ -117,7 +118,7 @@ def test_cells_show_the_smallest_object_over_them():
     vocabulary = Vocabulary(num_bins=8, num_classes=4)
     boxes = np.array([[[0, 0, 6, 8], [2, 2, 4, 6], [6, 0, 8, 8]]], np.float32)
     tokens = sequences.object_tokens(vocabulary, boxes, np.array([[0, 3, -1]]), None, 8)
-    cells, covered = sequences.cell_tokens(vocabulary, tokens, jnp.array([[True, True, False]]), 8, 4)
+    cells, covered = from_scratch.cell_tokens(vocabulary, tokens, jnp.array([[True, True, False]]), 8, 4)
     large, small, none = 0, 3, vocabulary.noise - vocabulary.classes.start
     labels = np.array([[large] * 3 + [none]] * 4)
     labels[1:3, 1] = small
@@ -132,7 +133,7 @@ def test_thin_objects_have_a_cell_and_no_objects_none():
     vocabulary = Vocabulary(num_bins=16, num_classes=4)
     boxes = np.array([[[3, 0, 5, 16]], [[0, 0, 16, 16]]], np.float32)
     tokens = sequences.object_tokens(vocabulary, boxes, np.array([[1], [-1]]), None, 16)
-    cells, covered = sequences.cell_tokens(vocabulary, tokens, jnp.array([[True], [False]]), 16, 4)
+    cells, covered = from_scratch.cell_tokens(vocabulary, tokens, jnp.array([[True], [False]]), 16, 4)
     np.testing.assert_array_equal(covered[0].reshape(4, 4), [[True, True, False, False]] * 4)
     assert not covered[1].any()
     np.testing.assert_array_equal(cells[1, :, 4], vocabulary.noise)

@@ -20,7 +20,7 @@ def test_arithmetic_is_bfloat16_on_accelerators(monkeypatch):
 
     def dtypes(**dtype):
         task = with_dtype(**dtype)
-        networks = (task.solver.backbone, task.solver.transformer, task.tokenizer)
+        networks = (task.solver.backbone, task.solver.transformer, task.parts["depth"].tokenizer)
         assert {network.param_dtype for network in networks} == {jnp.float32}
         return [jnp.dtype(network.dtype).name for network in networks]
 
@@ -35,7 +35,8 @@ def test_arithmetic_is_bfloat16_on_accelerators(monkeypatch):
 def test_bfloat16_trains_close_to_float32():
     """And its gradients, as the parameters, are float32."""
     rng = np.random.default_rng(0)
-    batch = {"image": rng.random((2, 24, 24, 3), np.float32), "depth": rng.uniform(1, 9, (2, 24, 24)).astype("f4")}
+    depth = {"image": rng.random((2, 24, 24, 3), np.float32), "depth": rng.uniform(1, 9, (2, 24, 24)).astype("f4")}
+    batch = {"depth": depth}
     shapes = jax.eval_shape(with_dtype().init, jax.random.key(0), batch)
     params, model_state = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype("f4"), shapes)
 

@@ -7,6 +7,7 @@ import re
 import statistics
 from pathlib import Path
 
+import config_files
 import jax
 import jax.numpy as jnp
 import plan
@@ -15,9 +16,7 @@ import report
 import setups
 import tables
 
-import configs
 from aitok_jax import tasks
-from aitok_jax.tasks.joint import JointTask
 from aitok_jax.training import checkpoint, warm_start
 
 PUBLISHED = {0.305, 0.934, 0.301, 0.940, 0.318, 0.932, 0.433, 0.342, 0.436, 0.311, 0.422, 0.341, 0.310}
@@ -41,11 +40,12 @@ def planned(*names, seeds=1, scale="scenes"):
 
 def batch(task):
     """Shapes of what a task trains on."""
-    if isinstance(task, JointTask):
-        return {name: batch(part) for name, part in task.parts.items()}
-    size = task.image_size
-    shapes = {"image": (1, size, size, 3), "depth": (1, size, size), "instance": (1, size, size)}
-    return {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    batches = {}
+    for part_name, part in task.parts.items():
+        size = part.image_size
+        shapes = {"image": (1, size, size, 3), "depth": (1, size, size), "instance": (1, size, size)}
+        batches[part_name] = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    return batches
 
 
 def variables(config):
@@ -73,7 +73,7 @@ def shallow(task):
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_published_setups_build(name):
-    sizes = [leaves(variables(configs.load(name, arg))) for arg in ARGUMENTS[name]]
+    sizes = [leaves(variables(config_files.load(name, arg))) for arg in ARGUMENTS[name]]
     assert all(sizes)
     assert len({str(shapes) for shapes in sizes}) > 1 or name == "joint"
 

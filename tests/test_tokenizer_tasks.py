@@ -11,10 +11,11 @@ import tiny_objects as tiny
 from aitok_jax import tasks
 from aitok_jax.models.vqvae import VQVAE
 from aitok_jax.tasks.base import compiled_predict
-from aitok_jax.tasks.tokenizer import MaskTokenizerTask
+from aitok_jax.tasks.tokenizer import MaskTokenizer, TokenizerTask
 
 SIZE, K = tiny.CROP, tiny.CODES
-TASK = MaskTokenizerTask(VQVAE(**tiny.MASK_TOKENIZER), SIZE)
+PART = MaskTokenizer(VQVAE(**tiny.MASK_TOKENIZER), SIZE)
+TASK = TokenizerTask("masks", PART)
 VALUE = jax.jit(jax.value_and_grad(TASK.loss, has_aux=True))
 
 
@@ -27,18 +28,18 @@ def batch():
 
 @pytest.fixture(scope="module")
 def state(batch):
-    return tiny.random_state(TASK, batch)
+    return tiny.random_state(TASK, {"masks": batch})
 
 
 @pytest.fixture(scope="module")
 def trained(state, batch):
     """((loss, (metrics, new model_state)), gradients)."""
-    return VALUE(*state, batch, jax.random.key(0))
+    return VALUE(*state, {"masks": batch}, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def predicted(state, batch):
-    return compiled_predict(TASK)(*state, batch)
+    return compiled_predict(PART)(*state, batch)
 
 
 def test_loss_is_the_error_of_all_pixels_and_the_commitment(batch, trained, predicted):
@@ -64,34 +65,34 @@ def test_training_moves_parameters_and_codebook(state, batch, trained):
     params, frozen = state
     for _ in range(20):
         params = descend(params, gradients)
-        (loss, (_, frozen)), gradients = VALUE(params, frozen, batch, jax.random.key(0))
+        (loss, (_, frozen)), gradients = VALUE(params, frozen, {"masks": batch}, jax.random.key(0))
     assert loss < 0.9 * first
 
 
 def test_prediction_tokenizes_and_detokenizes(state, batch, predicted):
     variables = {"params": state[0], **state[1]}
-    codes = TASK.tokenizer.apply(variables, batch["instance"][..., None], method="encode")
+    codes = PART.tokenizer.apply(variables, batch["instance"][..., None], method="encode")
     assert (predicted["codes"].shape, predicted["codes"].dtype) == ((6, 2, 2), jnp.int32)
     np.testing.assert_array_equal(predicted["codes"], codes)
     assert len(np.unique(codes)) > 1, "the test needs different codes"
     assert (predicted["instance"].shape, predicted["instance"].dtype) == ((6, SIZE, SIZE), jnp.float32)
-    decoded = TASK.tokenizer.apply(variables, codes, method="decode")[..., 0]
+    decoded = PART.tokenizer.apply(variables, codes, method="decode")[..., 0]
     np.testing.assert_allclose(predicted["instance"], decoded, rtol=1e-4, atol=1e-5)
 
 
 def test_masks_do_not_see_each_other(state, batch, predicted):
-    turned = compiled_predict(TASK)(*state, {"instance": batch["instance"][::-1]})
+    turned = compiled_predict(PART)(*state, {"instance": batch["instance"][::-1]})
     for name, array in turned.items():
         np.testing.assert_allclose(array[::-1], predicted[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_dead_codes_restart_from_the_masks(state, batch):
     """The key decides which encoder outputs they become."""
-    task = dataclasses.replace(TASK, tokenizer=TASK.tokenizer.clone(restart_threshold=99.0))
-    loss = jax.jit(task.loss)
+    part = dataclasses.replace(PART, tokenizer=PART.tokenizer.clone(restart_threshold=99.0))
+    loss = jax.jit(TokenizerTask("masks", part).loss)
     tables = []
     for seed in (0, 0, 1):
-        _, (_, new_state) = loss(*state, batch, jax.random.key(seed))
+        _, (_, new_state) = loss(*state, {"masks": batch}, jax.random.key(seed))
         tables.append(np.asarray(new_state["codebook"]["quantizer"]["embedding"]))
     np.testing.assert_array_equal(tables[0], tables[1])
     assert (tables[0] != tables[2]).any()
@@ -99,9 +100,9 @@ def test_dead_codes_restart_from_the_masks(state, batch):
 
 def test_task_from_a_config():
     config = {"name": "mask_tokenizer", "image_size": SIZE, "tokenizer": tiny.MASK_TOKENIZER}
-    assert tasks.build(config) == TASK
-    assert (TASK.evaluator, MaskTokenizerTask(TASK.tokenizer).image_size) == ("masks", 64)
-    with pytest.raises(ValueError, match=r"MaskTokenizerTask: .*'image_sizes' is unknown; did you mean 'image_size'"):
+    assert tasks.build(config) == TokenizerTask("mask_tokenizer", PART)
+    assert (PART.kind, MaskTokenizer(PART.tokenizer).image_size) == ("masks", 64)
+    with pytest.raises(ValueError, match=r"MaskTokenizer: .*'image_sizes' is unknown; did you mean 'image_size'"):
         tasks.build(config | {"image_sizes": 8})
     with pytest.raises(ValueError, match=r"VQVAE: .*'codes' is unknown"):
         tasks.build(config | {"tokenizer": {"codes": 8}})
@@ -123,6 +124,6 @@ def test_task_from_a_config():
     ],
 )
 def test_layout_errors(changes, message):
-    changes = {name: TASK.tokenizer.clone(**value) if name == "tokenizer" else value for name, value in changes.items()}
+    changes = {name: PART.tokenizer.clone(**value) if name == "tokenizer" else value for name, value in changes.items()}
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TASK, **changes)
+        dataclasses.replace(PART, **changes)

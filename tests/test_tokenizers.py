@@ -42,7 +42,8 @@ def config_of(task: dict) -> ConfigDict:
 
 def spread(variables: dict, config: dict, maps: np.ndarray) -> dict:
     """With encoder outputs of `maps` as the codes, so that these maps have different ones."""
-    model = tasks.build(config).tokenizer
+    (part,) = tasks.build(config).parts.values()
+    model = part.tokenizer
     given = {"params": variables["params"], **variables["model_state"]}
     features = np.array(model.apply(given, maps[..., None], method="encode_features"))
     codes = variables["model_state"]["codebook"]["quantizer"]["embedding"]
@@ -136,6 +137,18 @@ def test_masks_in_other_types(places):
         np.testing.assert_array_equal(tokenizer.encode(masks.astype(dtype)), tokenizer.encode(masks))
 
 
+def test_a_file_of_masks_does_not_say_their_size(places):
+    """So that any square will do that the tokens fill."""
+    tokenizer = MaskTokenizer.load(places / "masks.safetensors")
+    assert tokenizer.size is None
+    masks = maps_of("masks")[:, :32, :48][:, :, :32]
+    ids = tokenizer.encode(masks)
+    assert ids.shape == (3, 4)
+    assert tokenizer.decode(ids).shape == masks.shape
+    with pytest.raises(ValueError, match=r"S = a multiple of 16, got \(3, 24, 24\)"):
+        tokenizer.encode(masks[:, :24, :24])
+
+
 @pytest.mark.parametrize(
     ("kind", "maps", "message"),
     [
@@ -145,7 +158,7 @@ def test_masks_in_other_types(places):
         ("depth", np.full((16, 16), -1.0), "at least 0"),
         ("masks", np.full((64, 64), 255, np.uint8), "0..1, got uint8 up to 255"),
         ("masks", np.full((64, 64), np.nan), "in 0..1"),
-        ("masks", np.ones((32, 32)), r"masks must be \[64,64\]"),
+        ("masks", np.ones((32, 32)), r"masks must be \[S,S\] .*S = 64, got \(32, 32\)"),
     ],
 )
 def test_maps_that_do_not_fit(kind, maps, message, places):
@@ -172,7 +185,7 @@ def test_tokens_that_do_not_fit(method, tokens, message, places):
 
 
 def test_other_runs_and_files_are_refused(places, tmp_path):
-    with pytest.raises(ValueError, match=r"task\.name='mask_tokenizer', which has no depth_tokenizer"):
+    with pytest.raises(ValueError, match=r"is a run without depth_tokenizer"):
         DepthTokenizer.load(places / "masks")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         DepthTokenizer.load(tmp_path)
@@ -205,7 +218,7 @@ def test_a_solver_gives_its_frozen_tokenizer(tmp_path):
     from_file = MaskTokenizer.load(tmp_path / "solver.safetensors")
     for ours, theirs in zip(*(jax.tree.leaves(t._variables) for t in (from_run, from_file)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    with pytest.raises(ValueError, match="which has no depth_tokenizer"):
+    with pytest.raises(ValueError, match="is a run without depth_tokenizer"):
         DepthTokenizer.load(tmp_path / "run")
     with pytest.raises(ValueError, match="no VQ-VAE"):
         DepthTokenizer.load(tmp_path / "solver.safetensors")

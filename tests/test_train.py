@@ -17,40 +17,55 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from aitok_jax import main, tasks
+from aitok_jax.config import to_json, translated
 from aitok_jax.parallel import sharding
-from aitok_jax.training import checkpoint, loop
+from aitok_jax.training import checkpoint, loop, setup
+from configs import common
 
 ROOT = Path(__file__).parents[1]
 TRACES = []
 
 
 @dataclasses.dataclass(frozen=True)
-class LineTask:
-    """Fits depth = image @ kernel; counts its steps in model_state and adds noise from the step's key."""
+class LinePart:
+    """Predicts depth = image @ kernel."""
 
-    evaluator: ClassVar[str] = "depth"
+    kind: ClassVar[str] = "maps"
     image_size: int = 4
     noise: float = 0.1
     scale: float = 1.0
     broken_at: int = -1
 
-    def init(self, rng, batch):
-        kernel = 0.1 * jax.random.normal(rng, (batch["image"].shape[-1], 8))
-        params = {"dense": {"kernel": kernel, "bias": jnp.zeros(8)}}
-        return params, {"seen": {"count": jnp.zeros((), jnp.int32)}, "frozen": {"a": jnp.zeros(2), "b": jnp.zeros(2)}}
-
-    def loss(self, params, model_state, batch, rng):
-        TRACES.append(self)
-        count = model_state["seen"]["count"]
-        error = self.predict(params, model_state, batch)["depth"] - batch["depth"]
-        error = error + self.noise * jax.random.normal(rng, error.shape)
-        loss = jnp.mean(error**2) * jnp.where(count + 1 == self.broken_at, jnp.nan, 1.0)
-        return loss, ({"error": jnp.abs(error).mean()}, model_state | {"seen": {"count": count + 1}})
-
     def predict(self, params, model_state, batch):
         hidden = jnp.einsum("bhwc,cd->bhwd", batch["image"], params["dense"]["kernel"])
         bias = params["dense"]["bias"].reshape(1, 1, 1, -1)
         return {"depth": self.scale * (hidden + bias).sum(-1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LineTask:
+    """Fits its part; counts its steps in model_state and adds noise from the step's key."""
+
+    name: str
+    part: LinePart
+
+    @property
+    def parts(self):
+        return {self.name: self.part}
+
+    def init(self, rng, batches):
+        kernel = 0.1 * jax.random.normal(rng, (batches[self.name]["image"].shape[-1], 8))
+        params = {"dense": {"kernel": kernel, "bias": jnp.zeros(8)}}
+        return params, {"seen": {"count": jnp.zeros((), jnp.int32)}, "frozen": {"a": jnp.zeros(2), "b": jnp.zeros(2)}}
+
+    def loss(self, params, model_state, batches, rng):
+        TRACES.append(self)
+        batch, part = batches[self.name], self.part
+        count = model_state["seen"]["count"]
+        error = part.predict(params, model_state, batch)["depth"] - batch["depth"]
+        error = error + part.noise * jax.random.normal(rng, error.shape)
+        loss = jnp.mean(error**2) * jnp.where(count + 1 == part.broken_at, jnp.nan, 1.0)
+        return loss, ({"error": jnp.abs(error).mean()}, model_state | {"seen": {"count": count + 1}})
 
 
 def _batch(seed, step, size):
@@ -93,19 +108,18 @@ def toy(monkeypatch, compile_cache):
             yield _batch(seed, step, batch_size)
             step += 1
 
-    def evaluate(task, params, model_state, data, *, batch_size, mesh, prefix, baseline, panels_dir):
+    def evaluate(part, params, model_state, data, *, batch_size, mesh, prefix, baseline, panels_dir):
         toy.evaluations.append(prefix)
         batch = sharding.shard_batch(_batch(99, 0, batch_size), mesh)
-        error = jnp.abs(task.predict(params, model_state, batch)["depth"] - batch["depth"]).mean()
+        error = jnp.abs(part.predict(params, model_state, batch)["depth"] - batch["depth"]).mean()
         if panels_dir:
             panels_dir.mkdir(exist_ok=True)
             Image.new("RGB", (8, 4)).save(panels_dir / "a.png")
         return {f"{prefix}/error": float(error)} | ({"baseline/error": 1.0} if baseline else {})
 
     def build(config):
-        fields = config.to_dict()
-        fields.pop("name")
-        return LineTask(**fields)
+        ((name, fields),) = config.parts.to_dict().items()
+        return LineTask(name, LinePart(**{key: value for key, value in fields.items() if key != "name"}))
 
     monkeypatch.setattr(tasks, "build", build)
 
@@ -113,40 +127,26 @@ def toy(monkeypatch, compile_cache):
         fingerprint = {"train": {"examples": toy.examples}}
         return SimpleNamespace(train=None, train_transform=None, fingerprint=lambda: fingerprint)
 
-    monkeypatch.setattr(loop.pipeline, "build", build_data)
+    monkeypatch.setattr(setup.datasets, "build", build_data)
     monkeypatch.setattr(loop.pipeline, "train_batches", train_batches)
     monkeypatch.setattr(loop.evaluators, "evaluate", evaluate)
     return toy
 
 
 def _config(**changes):
-    config = {
-        "name": "line",
-        "seed": 3,
+    config = {"name": "line", "seed": 3, "batch_size": 16, "eval_batch_size": 8, "ema_decay": 0.9, "fsdp": 1}
+    config |= {"train_steps": 8, "log_every": 2, "eval_every": 0, "checkpoint_every": 3, "keep_checkpoints": 2}
+    config |= {
         "task": {"name": "line", "image_size": 4, "noise": 0.1, "broken_at": -1},
         "data": {"name": "toy", "size": 4},
-        "batch_size": 16,
-        "eval_batch_size": 8,
-        "train_steps": 8,
-        "log_every": 2,
-        "eval_every": 0,
-        "checkpoint_every": 3,
-        "keep_checkpoints": 2,
-        "ema_decay": 0.9,
-        "fsdp": 1,
-        "optim": {
-            "name": "adamw",
-            "learning_rate": 1e-2,
-            "b1": 0.9,
-            "b2": 0.999,
-            "eps": 1e-8,
-            "weight_decay": 0.01,
-            "layer_decay": 1.0,
-            "clip_norm": 10.0,
-            "warmup_steps": 2,
-            "warmup_ratio": 0.1,
-            "schedule": {"name": "linear", "end_factor": 0.5},
-        },
+        "optim": common.optimizer(
+            learning_rate=1e-2,
+            weight_decay=0.01,
+            clip_norm=10.0,
+            warmup_steps=2,
+            warmup_ratio=0.1,
+            schedule={"name": "linear", "end_factor": 0.5},
+        ),
     }
     for key, value in changes.items():
         inner, _, last = key.rpartition("__")
@@ -192,7 +192,7 @@ def test_a_run_trains_logs_evaluates_and_compiles_once(toy, tmp_path):
     assert set(metrics) == {"line/error", "baseline/error", "double/error"}
     assert metrics["line/error"] != metrics["double/error"]
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(to_json(translated(config)))
     environment = json.loads((tmp_path / "env.json").read_text())
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     head = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from aitok_jax.data import map_transforms
+from aitok_jax.tasks.modalities import Depth, Normals
+
+DEPTH = Depth()
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +49,24 @@ def near(share, p, count):
 
 def test_flip_mirrors_all_maps_together(tf):
     example, count = tagged(), 2000
-    out = many(tf, map_transforms.random_flip, example, count)
+    out = many(tf, lambda example, seed: map_transforms.random_flip(example, seed, DEPTH), example, count)
     flipped = out["image"][:, 0, 0, 1] == 8
     assert near(flipped.mean(), 0.5, count)
     for image, depth, was in zip(out["image"], out["depth"], flipped, strict=True):
         step = -1 if was else 1
         np.testing.assert_array_equal(image, example["image"][:, ::step])
         np.testing.assert_array_equal(depth, example["depth"][:, ::step])
+
+
+def test_flip_mirrors_what_a_map_means(tf):
+    """Of normals, x changes its sign."""
+    normals = np.random.default_rng(0).normal(size=(6, 9, 3)).astype(np.float32)
+    example, count = {"image": tagged()["image"], "normals": normals}, 50
+    out = many(tf, lambda example, seed: map_transforms.random_flip(example, seed, Normals()), example, count)
+    flipped = out["image"][:, 0, 0, 1] == 8
+    assert 0 < flipped.sum() < count
+    for map_, was in zip(out["normals"], flipped, strict=True):
+        np.testing.assert_array_equal(map_, normals[:, ::-1] * [-1, 1, 1] if was else normals)
 
 
 def test_crop_is_the_same_window_of_all_maps_and_uniform(tf):
@@ -132,6 +146,7 @@ def test_color_parts_span_their_ranges(tf):
     degrees = (hues * 360 + 180) % 360 - 180
     turned = np.abs(degrees) > 0.75
     assert near(np.mean(turned), 0.5 * (1 - 0.75 / map_transforms.HUE_DEGREES), count)
+    assert map_transforms.HUE_DEGREES == 40  # the published ±20 are half degrees
     assert map_transforms.HUE_DEGREES * 0.95 < np.abs(degrees).max() < map_transforms.HUE_DEGREES * 1.05
     assert np.mean(degrees[turned]) == pytest.approx(0, abs=2)
 
@@ -170,7 +185,7 @@ def test_cut_depth_comes_with_p_one_quarter(tf):
 
 
 def test_tokenizer_recipe_keeps_to_its_columns(tf):
-    recipe = map_transforms.tokenizer_train(4, columns=(2, 7))
+    recipe = map_transforms.tokenizer_train(DEPTH, 4, columns=(2, 7))
     out = many(tf, recipe, {"depth": tagged()["depth"]}, 500)
     assert set(out) == {"depth"}
     assert out["depth"].shape == (500, 4, 4)
@@ -181,12 +196,12 @@ def test_tokenizer_recipe_keeps_to_its_columns(tf):
 
 
 def test_tokenizer_recipe_takes_all_columns(tf):
-    out = many(tf, map_transforms.tokenizer_train(6, columns=()), {"depth": tagged()["depth"]}, 200)
+    out = many(tf, map_transforms.tokenizer_train(DEPTH, 6, columns=()), {"depth": tagged()["depth"]}, 200)
     assert np.rint(out["depth"] * 100 % 100).max() == 8
 
 
 def test_solver_recipe_without_colour_moves_pixels_only(tf):
-    out = many(tf, map_transforms.solver_train(5, color=False, cutdepth="off"), tagged(), 300)
+    out = many(tf, map_transforms.solver_train(DEPTH, 5, color=False, cutdepth="off"), tagged(), 300)
     image = out["image"] * 255
     assert out["image"].dtype == np.float32
     np.testing.assert_allclose(out["depth"], image[..., 0] + image[..., 1] / 100, atol=1e-5)
@@ -198,7 +213,7 @@ def test_solver_recipe_puts_the_band_where_the_depth_is(tf):
     row, column = np.mgrid[:8, :64]
     example = {"image": np.full((8, 64, 3), 255, np.uint8), "depth": ((row + 3 * column) / 1000).astype(np.float32)}
     count = 2000
-    out = many(tf, map_transforms.solver_train(8, color=False), example, count)
+    out = many(tf, map_transforms.solver_train(DEPTH, 8, color=False), example, count)
     image, millimetres = np.rint(out["image"] * 255), np.rint(out["depth"] * 1000)[..., None]
     assert np.all((image == 255) | (image == millimetres))
     rng = np.random.default_rng(0)
@@ -209,8 +224,8 @@ def test_solver_recipe_puts_the_band_where_the_depth_is(tf):
 
 
 def test_colour_leaves_depth_alone_and_stays_in_range(tf):
-    with_colour = many(tf, map_transforms.solver_train(5), noise(), 200)
-    without = many(tf, map_transforms.solver_train(5, color=False), noise(), 200)
+    with_colour = many(tf, map_transforms.solver_train(DEPTH, 5), noise(), 200)
+    without = many(tf, map_transforms.solver_train(DEPTH, 5, color=False), noise(), 200)
     np.testing.assert_array_equal(with_colour["depth"], without["depth"])
     assert with_colour["image"].min() >= 0
     assert with_colour["image"].max() <= 1
@@ -219,12 +234,14 @@ def test_colour_leaves_depth_alone_and_stays_in_range(tf):
 
 def test_evaluation_only_scales(tf):
     example = noise()
-    out = map_transforms.evaluation()(example)
+    out = map_transforms.evaluation(DEPTH)(example)
     np.testing.assert_allclose(out["image"], example["image"] / 255, rtol=1e-6)
     np.testing.assert_array_equal(out["depth"], example["depth"])
 
 
-@pytest.mark.parametrize("recipe", [map_transforms.solver_train(5), map_transforms.tokenizer_train(4, (1, 8))])
+@pytest.mark.parametrize(
+    "recipe", [map_transforms.solver_train(DEPTH, 5), map_transforms.tokenizer_train(DEPTH, 4, (1, 8))]
+)
 def test_eager_and_tf_data_agree(tf, recipe):
     example = noise()
     inside = many(tf, recipe, example, 20)
@@ -235,7 +252,7 @@ def test_eager_and_tf_data_agree(tf, recipe):
 
 
 def test_seeds_matter(tf):
-    example, recipe = noise(), map_transforms.solver_train(5)
+    example, recipe = noise(), map_transforms.solver_train(DEPTH, 5)
     out = [recipe(example, tf.constant(seed))["image"].numpy().tobytes() for seed in ([0, 0], [0, 1], [1, 0], [0, 0])]
     assert out[0] == out[3]
     assert len(set(out)) == 3
@@ -243,16 +260,16 @@ def test_seeds_matter(tf):
 
 def test_errors():
     with pytest.raises(ValueError, match="cutdepth='on' must be one of"):
-        map_transforms.solver_train(5, cutdepth="on")
+        map_transforms.solver_train(DEPTH, 5, cutdepth="on")
     with pytest.raises(ValueError, match="crop size 0 must be at least 1"):
-        map_transforms.solver_train(0)
+        map_transforms.solver_train(DEPTH, 0)
     with pytest.raises(ValueError, match=r"columns=\(7, 2\) must be \(\) or \(start, stop\)"):
-        map_transforms.tokenizer_train(4, columns=(7, 2))
+        map_transforms.tokenizer_train(DEPTH, 4, columns=(7, 2))
     with pytest.raises(ValueError, match=r"a\.jpg: crop size 480 must be at most the 480x400 pixels"):
-        map_transforms.solver_train(480).check(480, 400, "a.jpg")
+        map_transforms.solver_train(DEPTH, 480).check(480, 400, "a.jpg")
     with pytest.raises(ValueError, match=r"a\.jpg: columns=\(41, 601\) must lie inside the image, which is 600 wide"):
-        map_transforms.tokenizer_train(480).check(480, 600, "a.jpg")
+        map_transforms.tokenizer_train(DEPTH, 480).check(480, 600, "a.jpg")
     with pytest.raises(ValueError, match=r"crop size 561 must be at most the 600x560 pixels"):
-        map_transforms.tokenizer_train(561).check(600, 640, "a.jpg")
-    map_transforms.tokenizer_train(480).check(480, 640, "a.jpg")
-    map_transforms.solver_train(480).check(480, 640, "a.jpg")
+        map_transforms.tokenizer_train(DEPTH, 561).check(600, 640, "a.jpg")
+    map_transforms.tokenizer_train(DEPTH, 480).check(480, 640, "a.jpg")
+    map_transforms.solver_train(DEPTH, 480).check(480, 640, "a.jpg")

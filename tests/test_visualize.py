@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aitok_jax.visualize import HOLE_COLOR, MASK_OPACITY, colorize, depth_panel, objects_panel, png_name, save_png
+from aitok_jax.image import save_png
+from aitok_jax.tasks.modalities import Depth, Normals
+from aitok_jax.visualize import HOLE_COLOR, MASK_OPACITY, map_panel, objects_panel, png_name
 
 GREY = np.round(np.array(HOLE_COLOR) * 255).astype(np.uint8)
+
+
+def depth_panel(*args, **options):
+    return map_panel(Depth(), *args, **options)
 
 
 def scene(height=48, width=64):
@@ -180,17 +186,27 @@ def test_file_names_of_pictures():
     assert png_name("000000000139.jpg") == "000000000139.png"
 
 
-def test_colorize_goes_from_blue_to_red_with_grey_holes():
-    depth = np.array([[0.0, 1.0, 2.0, 3.0, np.nan]], np.float32)
-    colors = colorize(depth, low=1.0, high=3.0).astype(int)
-    np.testing.assert_array_equal(colors[0, [0, 4]], [GREY, GREY])
-    assert colors[0, 3, 0] > colors[0, 3, 2]  # far: red over blue
-    assert colors[0, 2, 1] > 200  # middle: green
-    np.testing.assert_array_equal(colorize(depth * 2, low=2.0, high=6.0), colors)
-    with pytest.raises(ValueError, match="below"):
-        colorize(depth, low=3.0, high=3.0)
-    with pytest.raises(ValueError, match=r"\[H, W\]"):
-        colorize(depth[0])
+def test_depth_goes_from_blue_to_red():
+    image, _ = scene()
+    far = np.linspace(1, 3, 64, dtype=np.float32) * np.ones((48, 1), np.float32)
+    panel = depth_panel(image, far).astype(int)
+    row = panel[panel.shape[0] // 2, panel.shape[1] // 2 :]
+    near, end = row[30:60].mean(0), row[180:200].mean(0)
+    assert near[2] > near[0]
+    assert end[0] > end[2]
+
+
+def test_normals_have_their_usual_colours_and_errors_in_degrees():
+    image, _ = scene()
+    towards = np.broadcast_to(np.float32([0, 0, -1]), (48, 64, 3))
+    half = towards.copy()
+    half[:, :32] = [1, 0, 0]
+    panel = map_panel(Normals(), image, half, truth=towards)
+    assert share(panel, [128, 128, 0]) > 0.2  # the truth and half of the prediction
+    assert share(panel, [255, 128, 128]) > 0.08
+    assert panel.shape[1] == 2 * map_panel(Normals(), image, half).shape[1]
+    with pytest.raises(ValueError, match="prediction must have the size of the image"):
+        map_panel(Normals(), image, half[:40])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 5, 3), np.uint8), ((4, 5), np.uint8), ((4, 5), np.uint16)])

@@ -10,7 +10,7 @@ import pytest
 
 from aitok_jax.models import conv
 from aitok_jax.models.bins import BinsTokenizer
-from aitok_jax.models.vqvae import OBJECTIVES, VQVAE, Conv, mask_patches
+from aitok_jax.models.vqvae import OBJECTIVES, VQVAE, Conv, Layout, mask_patches
 
 TINY = {"hidden": 4, "downsample": 4, "num_res_blocks": 1, "num_codes": 8, "code_dim": 4}
 SMALLEST = TINY | {"hidden": 16, "downsample": 2, "num_res_blocks": 0}
@@ -42,7 +42,7 @@ def test_transposed_convolution_scatters(height, width):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, height, width, 3)).astype(np.float32)
     params = {"kernel": rng.normal(size=(4, 4, 3, 5)), "bias": rng.normal(size=5)}
-    ours = Conv(5, conv.up).apply({"params": params}, x)
+    ours = Conv(5, conv.up, Layout(4, 4, 1)).apply({"params": params}, x)
     np.testing.assert_allclose(ours, scattered(x, **params), rtol=1e-4, atol=1e-4)
     flipped = params["kernel"][::-1, ::-1]  # lax correlates
     padding = ((2, 2), (2, 2))

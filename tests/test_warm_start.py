@@ -1,8 +1,11 @@
+import config_files
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from aitok_jax.training import warm_start
+from aitok_jax.config import format_workdir, ordered, translated
+from aitok_jax.training import checkpoint, warm_start
 
 
 def _variables():
@@ -36,3 +39,32 @@ def test_merge_errors_name_the_parameter():
         warm_start.merge(_variables(), {"params": {}}, "params/tail")
     with pytest.raises(ValueError, match="nothing of the source fits 'params'"):
         warm_start.merge(_variables(), {"params": {"other": np.ones(1)}}, "params")
+
+
+def _solver(value):
+    weights = {"backbone": {"kernel": np.full(2, value)}, "transformer": {"kernel": np.full(2, value)}}
+    return {"params": {name: dict(part) for name, part in weights.items()}, "model_state": {}}
+
+
+@pytest.mark.parametrize(
+    ("order", "backbone"), [(("params/backbone", "params"), 2.0), (("params", "params/backbone"), 1.0)]
+)
+def test_entries_are_taken_in_their_order_and_the_later_one_wins(tmp_path, order, backbone):
+    """After all that happens to a configuration between its file and the run."""
+    sources = {"params/backbone": tmp_path / "backbone", "params": tmp_path / "detection"}
+    for value, path in enumerate(sources.values(), 1):
+        checkpoint.save_inference(path, _solver(float(value)), ConfigDict({"task": {"name": "depth"}}))
+    start_from = {prefix: f"{{workdir}}/{sources[prefix].name}" for prefix in order}
+    config = ordered({"name": "depth", "task": {"name": "depth"}, "start_from": start_from})
+    run = translated(format_workdir(config, str(tmp_path)))
+    params = warm_start.start_from(_solver(0.0), run)["params"]
+    np.testing.assert_array_equal(params["backbone"]["kernel"], backbone)
+    np.testing.assert_array_equal(params["transformer"]["kernel"], 2.0)
+
+
+def test_instances_take_the_detector_after_the_backbone():
+    """So that `detection`, which holds a backbone too, is what counts where both are given."""
+    config = config_files.load("coco")
+    assert list(config.start_from) == ["params/backbone", "params", "model_state/mask_tokenizer"]
+    config.backbone, config.detection = "b", "d"
+    assert list(translated(config).start_from.items())[:2] == [("params/backbone", "b"), ("params", "d")]

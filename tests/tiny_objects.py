@@ -64,8 +64,8 @@ def batch(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def random_state(task, example, seed=1):
-    """(params, model_state), large enough for every part to matter."""
+def random_state(task, batches, seed=1):
+    """(params, model_state), large enough for everything to matter."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, shape):
@@ -75,7 +75,7 @@ def random_state(task, example, seed=1):
             (3.0 if name in ("scale", "cluster_size") else 0) + rng.normal(0, deviation, shape.shape), "f4"
         )
 
-    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(task.init, jax.random.key(0), example))
+    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(task.init, jax.random.key(0), batches))
 
 
 @functools.cache
@@ -83,9 +83,9 @@ def _compiled_tokenizer(tokenizer, method):
     return jax.jit(functools.partial(tokenizer.apply, method=method))
 
 
-def tokenizer_apply(task, state, method, x) -> np.ndarray:
+def tokenizer_apply(part, state, method, x) -> np.ndarray:
     """A method of the frozen mask tokenizer, row by row, as arrays of one object each."""
     frozen = state[1]["mask_tokenizer"]
     variables = {"params": frozen["params"], **frozen["model_state"]}
-    apply = _compiled_tokenizer(task.tokenizer, method)
+    apply = _compiled_tokenizer(part.tokenizer, method)
     return np.concatenate([apply(variables, jnp.asarray(one[None])) for one in x])

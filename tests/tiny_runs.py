@@ -19,7 +19,7 @@ BACKBONE = {
 TRANSFORMER = {"dim": 16, "num_heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 1, "num_tasks": 3}
 TOKENIZER = {"hidden": 4, "downsample": 8, "num_res_blocks": 0, "num_codes": 5, "code_dim": 4}
 MASKS = TOKENIZER | {"objective": "mse"}
-SIZES = {"num_bins": 20, "num_classes": 3, "num_mask_codes": 5, "num_depth_codes": 5}
+SIZES = {"num_bins": 20, "num_classes": 3, "codes": [["mask", 5], ["depth", 5]]}
 SHARED = {"backbone": BACKBONE, "transformer": {**TRANSFORMER, "max_length": 108}, "vocabulary": SIZES}
 # Weights that were never trained say the same of every object, unless they are sampled
 OBJECTS = {"image_size": 32, "num_objects": 12, "mask_size": 16, "top_p": 1.0}
@@ -41,10 +41,9 @@ KINDS = {
 def write(folder, kind):
     """Writes FOLDER/KIND, a run of one of `KINDS`, and returns its path."""
     image = {"image": np.zeros((1, 32, 32, 3), np.float32)}
-    depth = {**image, "depth": np.zeros((1, 24, 24), np.float32)}
-    batch = {"depth": depth, "joint": {"instances": image, "depth": depth}}.get(kind, image)
+    batches = {"instances": image, "depth": {**image, "depth": np.zeros((1, 24, 24), np.float32)}}
     config = ml_collections.ConfigDict({"task": KINDS[kind], "categories": CATEGORIES})
-    shapes = jax.eval_shape(tasks.build(config.task).init, jax.random.key(0), batch)
+    shapes = jax.eval_shape(tasks.build(config.task).init, jax.random.key(0), batches)
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(8)
     params, model_state = tree.unflatten(np.float32(rng.normal(0, 0.3, x.shape)) for x in leaves)

@@ -1,25 +1,32 @@
 """A task whose depth can be computed by hand, for the tests of the Predictor and its command line."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
 
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from aitok_jax import tasks
+from aitok_jax.tasks.modalities import Depth
 from aitok_jax.training import checkpoint
 
 SHAPES = []
+DEPTH = Depth()
 
 
 @dataclass(frozen=True)
-class ToyTask:
+class ToyPart:
     """Depth = 8 x red, 1 m more with `flip`; confidence = green; remembers the shapes that it was compiled for."""
+
+    kind: ClassVar[str] = "maps"
+    answers: ClassVar[tuple[str, ...]] = ("depth",)
 
     image_size: int = 48
     flip: bool = False
     eval_crop: None = None
-    max_depth: float = 10.0
+    modality: Depth = DEPTH
 
     def predict(self, params, model_state, batch):
         del model_state
@@ -27,12 +34,16 @@ class ToyTask:
         return {"depth": params["scale"] * batch["image"][..., 0] + self.flip, "confidence": batch["image"][..., 1]}
 
 
+def toy_task(**fields):
+    return SimpleNamespace(parts={"depth": ToyPart(**fields)})
+
+
 def fake_checkpoint(monkeypatch):
     """Puts a checkpoint of the toy task at any path."""
     config = ml_collections.ConfigDict({"task": {"name": "depth", "image_size": 48}})
     weights = {"params": {"scale": jnp.float32(8)}, "model_state": {}}
     monkeypatch.setattr(checkpoint, "load_inference", lambda path: (config, weights))
-    monkeypatch.setattr(tasks, "build", lambda config: ToyTask(image_size=config.image_size))
+    monkeypatch.setattr(tasks, "build", lambda config: toy_task(image_size=config.image_size))
 
 
 def picture(height, width, seed=0):

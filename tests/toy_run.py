@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from aitok_jax import main, tasks
-from aitok_jax.training import checkpoint, loop, preemption, run_dir
+from aitok_jax.training import checkpoint, loop, preemption, run_dir, setup
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["aitok_jax.main", "pytest"])
@@ -32,26 +32,33 @@ PACE = 0.01  # seconds at least between two steps, so that on any machine a test
 
 
 @dataclasses.dataclass(frozen=True)
-class LineTask:
-    """Fits depth = image @ kernel with noise from the step's key; counts its steps in model_state."""
+class LinePart:
+    """Predicts depth = image @ kernel."""
 
-    evaluator: ClassVar[str] = "depth"
+    kind: ClassVar[str] = "maps"
     image_size: int = 4
-    noise: float = 0.1
-
-    def init(self, rng, batch):
-        params = {"dense": {"kernel": 0.1 * jax.random.normal(rng, (3, 8)), "bias": jnp.zeros(8)}}
-        ballast = jax.random.normal(rng, (64, 1024))  # 256 KiB that do not compress
-        return params, {"seen": {"count": jnp.zeros((), jnp.int32)}, "ballast": ballast}
-
-    def loss(self, params, model_state, batch, rng):
-        error = self.predict(params, model_state, batch)["depth"] - batch["depth"]
-        error = error + self.noise * jax.random.normal(rng, error.shape)
-        return jnp.mean(error**2), ({}, model_state | {"seen": {"count": model_state["seen"]["count"] + 1}})
 
     def predict(self, params, model_state, batch):
         hidden = jnp.einsum("bhwc,cd->bhwd", batch["image"], params["dense"]["kernel"])
         return {"depth": (hidden + params["dense"]["bias"].reshape(1, 1, 1, -1)).sum(-1)}
+
+
+class LineTask:
+    """Fits its part with noise from the step's key; counts its steps in model_state."""
+
+    parts: ClassVar[dict[str, LinePart]] = {"line": LinePart()}
+    noise = 0.1
+
+    def init(self, rng, batches):
+        params = {"dense": {"kernel": 0.1 * jax.random.normal(rng, (3, 8)), "bias": jnp.zeros(8)}}
+        ballast = jax.random.normal(rng, (64, 1024))  # 256 KiB that do not compress
+        return params, {"seen": {"count": jnp.zeros((), jnp.int32)}, "ballast": ballast}
+
+    def loss(self, params, model_state, batches, rng):
+        batch = batches["line"]
+        error = self.parts["line"].predict(params, model_state, batch)["depth"] - batch["depth"]
+        error = error + self.noise * jax.random.normal(rng, error.shape)
+        return jnp.mean(error**2), ({}, model_state | {"seen": {"count": model_state["seen"]["count"] + 1}})
 
 
 def batch(seed, step, size):
@@ -92,9 +99,9 @@ def _train_batches(source, transform, *, batch_size, seed, start_step, process_i
         yield {name: values[rows] for name, values in batch(seed, step, batch_size).items()}
 
 
-def _evaluate(task, params, model_state, data, *, batch_size, prefix, **_):
+def _evaluate(part, params, model_state, data, *, batch_size, prefix, **_):
     example = {name: jnp.asarray(value) for name, value in batch(99, 0, batch_size).items()}
-    error = jnp.abs(task.predict(params, model_state, example)["depth"] - example["depth"]).mean()
+    error = jnp.abs(part.predict(params, model_state, example)["depth"] - example["depth"]).mean()
     return {f"{prefix}/error": float(error)}
 
 
@@ -125,7 +132,7 @@ def _run(values, workdir, *, devices, cache, output, slow, file_limit, stages, h
         number, address = host
         jax.distributed.initialize(address, num_processes=2, process_id=number)
     tasks.build = lambda _: LineTask()
-    loop.pipeline.build = lambda _: SimpleNamespace(train=None, train_transform=None, fingerprint=dict)
+    setup.datasets.build = lambda _: SimpleNamespace(train=None, train_transform=None, fingerprint=dict)
     loop.pipeline.train_batches = _train_batches
     loop.evaluators.evaluate = sleepy(_evaluate, "evaluation")
     checkpoint.save = sleepy(checkpoint.save, "save")

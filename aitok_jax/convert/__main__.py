@@ -53,7 +53,7 @@ def to_file(directory: str | Path, file: str | Path) -> dict[str, tuple[int, ...
     """
     config, variables = checkpoint.load_inference(directory)
     state_dict = published.state_dict(variables, config)
-    wrapper = "weights" if configuration.translated_task(config.task)["name"] == "tokenizer" else "state_dict"
+    wrapper = "weights" if config.task.name == "tokenizer" else "state_dict"
     files.write_weights(file, state_dict, wrapper)
     return {name: array.shape for name, array in state_dict.items()}
 

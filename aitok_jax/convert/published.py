@@ -173,12 +173,12 @@ def state_dict(variables: Mapping[str, Any], config: ConfigDict) -> dict[str, np
 def relative_tables(backbone: SwinV2) -> dict[str, np.ndarray]:
     """The constant buffers of every block: log-spaced offsets f32[1,2w−1,2w−1,2] and int64[w²,w²] rows of them."""
     tables = {}
-    for s, depth in enumerate(backbone.depths):
+    for s, blocks in enumerate(backbone.depths):
         window = backbone.windows[s]
         side = 2 * window - 1
         offsets = relative_coordinates(window, backbone.pretrain_windows[s]).reshape(1, side, side, 2)
         index = np.asarray(relative_index(window), np.int64)
-        for j in range(depth):
+        for j in range(blocks):
             block = f"backbone.layers.{s}.blocks.{j}.attn."
             tables |= {f"{block}relative_coords_table": offsets, f"{block}relative_position_index": index}
     return tables

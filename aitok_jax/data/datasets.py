@@ -38,7 +38,7 @@ def build(config: Any) -> Data:
     Keys of all: name, root, on_error, cache, expected_train, expected_test (examples; 0 = any), render ({} or the
     arguments of `scenes.ensure`: train, test, height, width, seed, format); also_root and also_count: that many
     training examples of every batch are of the data there, laid out in the same way, 0 = none.
-    'nyu': modality (which maps; 'depth'), train_list, test_list ('' = look through the folder), train_subfolder,
+    'nyu': modality (which maps), train_list, test_list ('' = look through the folder), train_subfolder,
     test_subfolder, size (crop side), recipe ('tokenizer' | 'solver'), columns, color, cutdepth.
     'coco': train_images, test_images (folders), train_annotations, test_annotations (JSONs; all relative to root),
     size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high), order (object_transforms.ORDERS).

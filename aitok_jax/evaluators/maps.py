@@ -79,7 +79,7 @@ def evaluate(
         without += int((real & ~rows["annotated"]).sum())
     if without == seen:
         raise ValueError(
-            f"none of the {seen} evaluation images has a pixel to measure {modality} on inside eval_crop="
+            f"none of the {seen} evaluation images has a pixel to measure {modality.name} on inside eval_crop="
             f"{part.eval_crop}; check the unit of the maps, and the crop"
         )
     result = means["model"].result(prefix)

@@ -1,4 +1,4 @@
-"""Decoding: one `lax.scan` over the steps with a key/value cache, or one pass if parallel (AIT.md section 4)."""
+"""Decoding: one `lax.scan` over the steps with a key/value cache, or one pass if parallel."""
 
 from __future__ import annotations
 

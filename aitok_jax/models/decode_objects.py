@@ -1,4 +1,4 @@
-"""Decoding of object sequences: one compiled loop over objects, every slot within its window (AIT.md section 6.2)."""
+"""Decoding of object sequences: one compiled loop over objects, every slot within its window."""
 
 from __future__ import annotations
 

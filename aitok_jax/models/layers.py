@@ -54,7 +54,7 @@ class Widths:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the branch of whole examples with probability `rate`; rng stream `dropout`."""
+    """Drops the branch of whole examples with probability `rate`; rng stream `dropout`."""
 
     rate: float
 

@@ -23,7 +23,7 @@ def smooth_l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def mse_ignore_zero(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean squared error over the elements with target > 0 (AIT.md section 2); 0 where there are none."""
+    """Mean squared error over the elements with target > 0; 0 where there are none."""
     valid = target > 0
     return _masked_mean(jnp.square(_f32(prediction) - _f32(target)), valid)
 
@@ -42,7 +42,7 @@ def silog(
     Args:
         prediction: metres, any shape.
         target: metres, same shape; 0 where there is no annotation.
-        min_prediction: predictions are clipped from below at this value (the depth task uses 1e-3); None leaves them.
+        min_prediction: predictions are clipped from below at this value; None leaves them.
         variance_focus: λ.
     Returns:
         the loss over all annotated elements together; 0 where there are none.

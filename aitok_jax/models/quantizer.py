@@ -1,4 +1,4 @@
-"""Vector quantizer: nearest code, straight-through gradient, EMA or learned codebook (AIT.md section 2)."""
+"""Vector quantizer: nearest code, straight-through gradient, EMA or learned codebook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Swin-V2 backbone, as published for AiT (section 4.1 and the published system's "SwinV2TransformerRPE2FC")."""
+"""Swin-V2 backbone, as published for AiT (its "SwinV2TransformerRPE2FC")."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class SwinV2(nn.Module):
         depths, num_heads, windows, pretrain_windows, use_shift: one entry a stage.
         patch: side of a patch in pixels; stage s has stride patch·2^s.
         stem, stem_blocks: convolutions before the patch embedding, see `models.stem`; none as published.
-        drop_path: stochastic depth, rising linearly from 0 over all blocks.
+        drop_path: of whole branches, rising linearly from 0 over all blocks.
         remat: what blocks keep for the backward pass, of `layers.REMAT`.
     """
 
@@ -176,13 +176,13 @@ class SwinV2(nn.Module):
         x = embed(images_BHWC)
         rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
         last = len(self.depths) - 1
-        for s, depth in enumerate(self.depths):
+        for s, blocks in enumerate(self.depths):
             stage_map, x = Stage(
                 self._widths(s),
                 window=self.windows[s],
                 pretrain_window=self.pretrain_windows[s],
                 use_shift=self.use_shift[s],
-                drop_paths=tuple(rates[sum(self.depths[:s]) :][:depth]),
+                drop_paths=tuple(rates[sum(self.depths[:s]) :][:blocks]),
                 downsample=s < last,
                 remat=self.remat,
                 name=f"layers_{s}",

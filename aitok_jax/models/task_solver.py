@@ -1,4 +1,4 @@
-"""The task solver: Swin-V2 backbone and token transformer  (paper, section 3)."""
+"""The task solver: Swin-V2 backbone and token transformer (arXiv 2301.02229)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The solver's encoder–decoder over one flat vocabulary, with an explicit key/value cache (AIT.md section 4)."""
+"""The solver's encoder–decoder over one flat vocabulary, with an explicit key/value cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The VQ-VAE of both tokenizers: depth maps and instance masks to a grid of codes and back (AIT.md section 2)."""
+"""The VQ-VAE of all tokenizers: dense maps and instance masks to a grid of codes and back."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class VQVAE(nn.Module):
         objective: one of `OBJECTIVES`; `cross_entropy` takes int label maps [B,H,W], −1 where there is no label.
             `silog` does not clip, as published: it is not finite where the output falls to 0 or below.
         use_norm: the network sees 2(x/max_value − ½), and its output y means max_value(y/2 + ½).
-        soft_temperature: τ, multiplies the logits of soft tokens in `decode_soft`; 0.8 for depth, 1 for masks.
+        soft_temperature: τ, multiplies the logits of soft tokens in `decode_soft`.
         residual: 'conv' or 'batch_norm'.
         ema, decay, epsilon, commitment_cost, restart_threshold: see `Quantizer`.
     """
@@ -247,7 +247,7 @@ class VQVAE(nn.Module):
 
 
 def mask_patches(rng: jax.Array, maps_BHWC: jax.Array, *, patch: int, ratio: float) -> jax.Array:
-    """Mask augmentation of the depth VQ-VAE: sets a share `ratio` (rounded up) of the patch×patch squares to zero.
+    """Mask augmentation: sets a share `ratio` (rounded up) of the patch×patch squares to zero.
 
     Raises:
         ValueError: where the maps are not a multiple of `patch`, or the ratio lies outside 0..1.

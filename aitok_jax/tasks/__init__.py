@@ -52,6 +52,9 @@ def _solver(fields: Mapping[str, Any]) -> SolverTask:
     for key in shared:
         if key not in SHARED:
             raise ValueError(f"task.shared: {unknown(key, SHARED)}")
+    for name, part in parts.items():
+        if own := [key for key in SHARED if key in part]:
+            raise ValueError(f"task.parts.{name}.{own[0]}: give it once, in task.shared")
     kinds = {name: part.get("name", name) for name, part in parts.items()}
     vocabulary = _vocabulary(shared.get("vocabulary", {}), {kinds[name]: part for name, part in parts.items()})
     common = {"solver": build_solver(shared, vocabulary), "vocabulary": vocabulary}

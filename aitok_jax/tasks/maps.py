@@ -1,4 +1,4 @@
-"""A dense map from one image as a sequence of tokens (paper, sections 3.1 to 3.3): depth, or any other modality."""
+"""A dense map from one image as a sequence of tokens (arXiv 2301.02229), of any modality."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class MapPart:
         aux_weight: weight of the modality's loss of the softly detokenized map; 0 turns it off.
         loss_weight: of the whole loss.
         normalize_image: subtract the mean of ImageNet's colours and divide by their standard deviation first, as
-            published for objects. Published depth weights want RGB in 0..1 as it is; a backbone trained from random
+            published for objects. Published weights of maps want RGB in 0..1 as it is; a backbone trained from random
             weights learns far faster with it, since most of an image in 0..1 is its mean.
         pad_to: pad the squares at the right and bottom with zeros to this side; 0 = no padding.
         flip: average with the mirror image at test time.

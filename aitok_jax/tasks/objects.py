@@ -1,4 +1,4 @@
-"""Objects of an image as a sequence of tokens: instance segmentation and detection (paper, sections 3.1 to 3.3)."""
+"""Objects of an image as a sequence of tokens: instance segmentation and detection (arXiv 2301.02229)."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class ObjectsPart:
         crops_BNSS: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Weighted cross-entropy over the whole vocabulary, summed and divided by the number of counted tokens, plus
-        the auxiliary loss times the share of mask tokens among them (paper, section 3.3).
+        the auxiliary loss times the share of mask tokens among them (arXiv 2301.02229, soft token).
         """
         ce_BNL = optax.softmax_cross_entropy_with_integer_labels(logits_BNLV.astype(jnp.float32), targets_BNL)
         slot, total, metrics = CLASS_SLOT, 0.0, {}

@@ -1,4 +1,4 @@
-"""Predicted objects back on the image: masks pasted into their boxes, and COCO results (AIT.md section 6.2). NumPy."""
+"""Predicted objects back on the image: masks pasted into their boxes, and COCO results. NumPy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects as token sequences: what the solver reads and is to say (paper, section 3.2)."""
+"""Objects as token sequences: what the solver reads and is to say (arXiv 2301.02229, task solver)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One solver for one or several parts: a batch holds the examples of each, their losses are added (paper, section 3.2).
+"""One solver for one or several parts: a batch holds the examples of each, their losses are added.
 
 Images of all parts go through backbone and encoder together, as one batch of one size; every part then decodes its own
 sequence, so that the short ones are not padded. Each part's loss is normalised and weighted by itself.

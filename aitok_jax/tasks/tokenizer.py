@@ -1,4 +1,4 @@
-"""Stage 1: VQ-VAEs that turn dense maps or instance masks into tokens and back (paper, section 3.1)."""
+"""Stage 1: VQ-VAEs that turn dense maps or instance masks into tokens and back (arXiv 2301.02229, VQ-VAE)."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class MapTokenizer:
         modality: what the maps are.
         tokenizer: the VQ-VAE.
         image_size: side of the training maps in pixels.
-        mask_ratio, mask_patch: mask augmentation (paper, section 3.1): this share of the patches of the input is set to
-            zero, and the loss is taken against the unmasked map. 0 turns it off.
+        mask_ratio, mask_patch: mask augmentation (a technique of the paper): this share of the patches of the input is
+            set to zero, and the loss is taken against the unmasked map. 0 turns it off.
         eval_crop: see `MapPart`.
     """
 

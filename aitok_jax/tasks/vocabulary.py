@@ -1,4 +1,4 @@
-"""The token vocabulary, one flat table (paper, section 3.2): the only place that knows an offset."""
+"""The token vocabulary, one flat table (arXiv 2301.02229, task solver): the only place that knows an offset."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from aitok_jax.config import flatten, ordered, to_json, translated
+from aitok_jax.config import flatten, to_json, translated
 from aitok_jax.training.state import TrainState
 
 LOG = logging.getLogger(__name__)
@@ -274,8 +274,8 @@ def load_inference(path: str | Path, step: int | None = None) -> tuple[ConfigDic
       step: which checkpoint; the latest where None.
 
     Returns:
-      The run's config (lists where it had tuples) and {'params', 'model_state'}: nested dicts of NumPy arrays, float32
-      where they are stored as float16 to save space.
+      The run's config, in the form of parts (`config.translated`; lists where it had tuples), and {'params',
+      'model_state'}: nested dicts of NumPy arrays, float32 where they are stored as float16 to save space.
 
     Raises:
       FileNotFoundError: no checkpoint there, or not of that step.
@@ -307,7 +307,7 @@ def _load(folder: Path, step: int) -> tuple[ConfigDict, dict[str, Any]]:
         restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
         items = manager.restore(step, args=ocp.args.Composite(inference=restore, config=ocp.args.JsonRestore()))
     weights = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float16 else x, items.inference)
-    return ordered(items.config).lock(), weights
+    return translated(items.config).lock(), weights
 
 
 def latest_step(path: str | Path) -> int:

@@ -23,7 +23,7 @@ def make_schedule(optim: ConfigDict, train_steps: int) -> optax.Schedule:
         'step': times `factor` (0.1) from each of the steps `boundaries` on;
         'linear': to `end_factor` (0.01) of the learning rate over `train_steps`;
         'exponential': times `factor` (0.98) every `every` (500) steps. With `steps_per_epoch` > 0 it also counts one
-          after iteration 0 of each epoch and then every `every` iterations, as the published depth tokenizer does;
+          after iteration 0 of each epoch and then every `every` iterations, as one published tokenizer does;
         'cosine': to `end_factor` (0) over `train_steps`; `lag` (0) updates behind the step (published: 1).
       train_steps: length of the run in updates.
 

@@ -29,6 +29,14 @@ def find(pattern: str, suffix: str = ".npz"):
     return pytest.mark.parametrize("name", names or [missing])
 
 
+def full_models(pattern: str = "*") -> list:
+    """The kinds of full-size state dicts whose names are listed, as parameters of a test; a skipped one for none."""
+    path = directory() / "names.json"
+    if not path.is_file():
+        return [pytest.param("", marks=pytest.mark.skip(reason=f"no {path}"))]
+    return sorted(kind for kind in json.loads(path.read_text())["state_dicts"] if fnmatch(kind, pattern))
+
+
 @functools.cache
 def notes() -> dict:
     return json.loads((directory() / "notes.json").read_text())

@@ -2,12 +2,28 @@
 
 import math
 
+import numpy as np
+
 from aitok_jax.models.swin_v2 import SwinV2
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.transformer import TokenTransformer
 from aitok_jax.models.vqvae import VQVAE
-from aitok_jax.tasks.depth import DepthTask
+from aitok_jax.tasks.maps import MapPart
+from aitok_jax.tasks.modalities.depth import Depth
+from aitok_jax.tasks.objects import ObjectsPart
 from aitok_jax.tasks.vocabulary import Vocabulary
+
+OBJECT_WEIGHTS = {"box_weight": "box_weight", "class_weight": "cls_weight", "mask_weight": "mask_weight"}
+OBJECT_WEIGHTS |= {"aux_weight": "decoder_loss_weight", "loss_weight": "loss_weight"}
+SET_UPS = {  # name of a full-size state dict -> the configuration that builds its model
+    "vqvae_depth": ("vqvae_depth", ""),
+    "vqvae_insseg": ("vqvae_mask", ""),
+    "depth_b": ("nyu", ""),
+    "depth_l_parallel": ("nyu", "backbone=swin_l,parallel"),
+    "det_b": ("coco", "task=detection"),
+    "insseg_b": ("coco", ""),
+    "joint_b": ("joint", ""),
+}
 
 
 def tokenizer(cfg: dict) -> VQVAE:
@@ -35,13 +51,14 @@ def backbone(cfg: dict) -> SwinV2:
         pretrain_windows=tuple(cfg["pretrain_window_size"]),
         use_shift=tuple(cfg["use_shift"]),
         drop_path=cfg.get("drop_path_rate", 0.0),
-        remat=cfg.get("use_checkpoint", False),
+        remat="blocks" if cfg.get("use_checkpoint") else "none",
     )
 
 
 def vocabulary(cfg: dict) -> Vocabulary:
-    sizes = (cfg["num_bins"], cfg["num_classes"], cfg["num_embeddings"], cfg["num_embeddings_depth"])
-    return Vocabulary(*sizes, num_spare=cfg["num_vocal"] - Vocabulary(*sizes).size)
+    codes = (("mask", cfg["num_embeddings"]), ("depth", cfg["num_embeddings_depth"]))
+    used = Vocabulary(cfg["num_bins"], cfg["num_classes"], codes)
+    return Vocabulary(cfg["num_bins"], cfg["num_classes"], codes, num_spare=cfg["num_vocal"] - used.size)
 
 
 def transformer(cfg: dict, max_length: int, num_tasks: int) -> TokenTransformer:
@@ -60,17 +77,60 @@ def transformer(cfg: dict, max_length: int, num_tasks: int) -> TokenTransformer:
     )
 
 
-def depth_task(model: dict, params: dict, image_size: int, **options) -> DepthTask:
-    cfg, head = model["transformer"], model["task_heads"]["depth"]
+def solver(model: dict, params: dict) -> TaskSolver:
     tasks, length, _ = params["transformer"]["dec_embed"].shape
-    return DepthTask(
-        solver=TaskSolver(backbone(model["backbone"]), transformer(cfg, length, tasks)),
+    return TaskSolver(backbone(model["backbone"]), transformer(model["transformer"], length, tasks))
+
+
+def heads_only(vocabulary: Vocabulary) -> TaskSolver:
+    """Stands in for the solver where a case has heads alone."""
+    return TaskSolver(SwinV2(), TokenTransformer(vocab_size=vocabulary.size))
+
+
+def depth_part(model: dict, params: dict, image_size: int, **options) -> MapPart:
+    cfg, head = model["transformer"], model["task_heads"]["depth"]
+    return MapPart(
+        modality=Depth(),
+        solver=solver(model, params),
         tokenizer=tokenizer(head["vae_cfg"]),
         vocabulary=vocabulary(cfg),
         image_size=image_size,
+        pad_to=model["padto"],
         soft_input=cfg["soft_transformer"],
         soft_detokenize=head["soft_vae"],
         aux_weight=head["decoder_loss_weight"],
         loss_weight=head["loss_weight"],
         **options,
     )
+
+
+def object_weights(head: dict) -> dict[str, float]:
+    return {ours: head[theirs] for ours, theirs in OBJECT_WEIGHTS.items() if theirs in head}
+
+
+def instances_part(model: dict, params: dict, kind: type[ObjectsPart] = ObjectsPart, **options) -> ObjectsPart:
+    cfg, head = model["transformer"], model["task_heads"]["insseg"]
+    return kind(
+        solver=solver(model, params),
+        tokenizer=tokenizer(head["vae_cfg"]),
+        vocabulary=vocabulary(cfg),
+        image_size=head["norm_val"],
+        num_objects=head["num_query"],
+        mask_size=head["vae_cfg"]["mask_size"],
+        soft_input=cfg["soft_transformer"],
+        soft_detokenize=cfg["soft_vae"],
+        **object_weights(head),
+        **options,
+    )
+
+
+def logged_auxiliary(auxiliary: float, weight: float, added: float, theirs: float) -> float:
+    """The auxiliary loss as the case logs it: as its total adds it to the cross-entropy, or before it is weighted."""
+    weighted = np.isclose(theirs, added, rtol=1e-2)
+    assert weighted or np.isclose(weight * theirs, added, rtol=1e-2), "the case contradicts itself"
+    return weight * auxiliary if weighted else auxiliary
+
+
+def window_starts(height: int, width: int, count: int) -> tuple[int, ...]:
+    """Of the published test-time windows."""
+    return tuple(i * ((width - height) // max(count - 1, 1)) for i in range(count))

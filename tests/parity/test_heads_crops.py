@@ -1,4 +1,4 @@
-"""Mask crops at boxes against the published system's RoI-align (DESIGN.md section 3)."""
+"""Mask crops at boxes against the published system's RoI-align."""
 
 import cases
 import numpy as np
@@ -32,6 +32,7 @@ def test_raw_crops(case):
 
 
 def test_binary_crops(case):
+    assert sizes(case)
     for size in sizes(case):
         crops = object_transforms.crop_masks(*arguments(case), size)
         decided = np.abs(case[f"out/crop_raw_{size}"] - 0.5) >= 1e-5

@@ -1,16 +1,19 @@
-"""Depth metrics, test-time windows and depth losses against the published system's numbers (DESIGN.md section 3)."""
+"""Depth metrics, test-time windows and depth losses against the published system's numbers."""
 
 import re
+from functools import partial
 
 import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published
 import pytest
 
-from aitok_jax.evaluators.metrics import DEPTH_METRICS, EIGEN_CROP, depth_metrics, mend_prediction, valid_pixels
+from aitok_jax.evaluators.metrics import inside
 from aitok_jax.models import losses
-from aitok_jax.tasks.windows import predict_windows
+from aitok_jax.tasks.modalities.depth import EIGEN_CROP, METRICS, MIN_DEPTH, Depth, mend
+from aitok_jax.tasks.windows import cut, merge, predict_windows, window_starts
 
 pytestmark = cases.find("metrics*")
 GRADIENT = 1e-3
@@ -21,15 +24,21 @@ def case(name):
     return cases.load(name)
 
 
+def measured(case):
+    return Depth().measured(case["in/gt"]) & inside(EIGEN_CROP, *case["in/gt"].shape)
+
+
 def test_valid_pixels_and_mended_predictions(case):
-    valid = np.asarray(valid_pixels(case["in/gt"][None], crop=EIGEN_CROP)[0])
-    np.testing.assert_array_equal(case["in/gt"][valid], case["out/crop_gt"])
-    np.testing.assert_array_equal(np.asarray(mend_prediction(case["in/pred"]))[valid], case["out/crop_pred"])
+    valid, kept = np.asarray(measured(case)), len(case["out/crop_gt"])
+    assert valid.sum() == case.hp.get("valid_pixels", kept)  # a slice has the first of them
+    np.testing.assert_array_equal(case["in/gt"][valid][:kept], case["out/crop_gt"])
+    mended = np.asarray(mend(case["in/pred"], Depth().max_depth))
+    np.testing.assert_array_equal(mended[valid][:kept], case["out/crop_pred"])
 
 
-@pytest.mark.parametrize("metric", DEPTH_METRICS)
+@pytest.mark.parametrize("metric", METRICS)
 def test_depth_metric(case, metric):
-    metrics = depth_metrics(case["in/pred"][None], case["in/gt"][None], crop=EIGEN_CROP)
+    metrics = Depth().metrics(case["in/pred"][None], case["in/gt"][None], measured(case)[None])
     cases.check(metrics[metric][0], case[f"out/metric_{metric}"])
 
 
@@ -48,18 +57,23 @@ def test_loss_and_gradient(case, loss_name, prediction, loss):
 
 
 def test_test_time_windows(case):
-    settings = case.hp
-    fake = _parse_predictor(settings["fake_predictor"])
-    assert settings["tt"]
-    for tag, options in settings["tt"].items():
-        images_BHWC = np.moveaxis(case[f"in/tt_{tag}_img"], 1, -1)
-        assert images_BHWC.shape[1:3] == (options["h"], options["w"])
-        run = jax.jit(
-            lambda images, o=options: predict_windows(
-                fake, images, flip=o["flip"], count=o["shift_size"], min_value=1e-3
-            )
-        )
-        cases.check(run(images_BHWC)["depth"], case[f"out/tt_{tag}_pred"])
+    """With a number of windows of their own, which `predict_windows` never has."""
+    fake = _parse_predictor(case.hp["fake_predictor"])
+    tags = [tag for tag in case.hp["tt"] if f"in/tt_{tag}_img" in case]
+    assert tags
+    for tag in tags:
+        options, images_BHWC = case.hp["tt"][tag], cases.nhwc(case[f"in/tt_{tag}_img"])
+        height, width = images_BHWC.shape[1:3]
+        assert (height, width) == (options["h"], options["w"])
+        starts = published.window_starts(height, width, options["shift_size"])
+        windows = cut(jnp.asarray(images_BHWC), starts)
+        maps = fake(windows)["depth"]
+        if options["flip"]:
+            maps = (maps + fake(windows[:, :, ::-1])["depth"][:, :, ::-1]) / 2
+        cases.check(jnp.maximum(merge(maps, height, width, starts), MIN_DEPTH), case[f"out/tt_{tag}_pred"])
+        if starts == window_starts(height, width):
+            predicted = jax.jit(partial(predict_windows, fake, flip=options["flip"]))(images_BHWC)
+            cases.check(jnp.maximum(predicted["depth"], MIN_DEPTH), case[f"out/tt_{tag}_pred"])
 
 
 def _parse_predictor(formula):

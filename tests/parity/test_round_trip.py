@@ -6,12 +6,12 @@ import math
 import zlib
 
 import cases
+import config_files
 import numpy as np
 import published as models
 import pytest
 from ml_collections import ConfigDict
 
-import configs
 from aitok_jax import Predictor, tasks
 from aitok_jax.convert import published, rules
 from aitok_jax.convert.__main__ import to_directory, to_file
@@ -21,16 +21,6 @@ from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.training import checkpoint
 
 NAMES = cases.directory() / "names.json"
-KINDS = {
-    "vqvae_depth": ("vqvae_depth", ""),
-    "vqvae_insseg": ("vqvae_mask", ""),
-    "depth_b": ("nyu", ""),
-    "depth_l_parallel": ("nyu", "backbone=swin_l,parallel"),
-    "det_b": ("coco", "task=detection"),
-    "insseg_b": ("coco", ""),
-    "joint_b": ("joint", ""),
-}
-needs_names = pytest.mark.skipif(not NAMES.is_file(), reason=f"no {NAMES}")
 
 
 def names_of(kind: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -55,12 +45,11 @@ def random_weights(names: dict, noise: np.ndarray) -> dict[str, np.ndarray]:
     return weights
 
 
-@needs_names
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases.full_models())
 def test_written_back_to_the_bit(kind, noise):
     names = names_of(kind)
     weights = random_weights(names, noise)
-    variables, config, report = published.convert(weights, configs.load(*KINDS[kind]))
+    variables, config, report = published.convert(weights, config_files.load(*models.SET_UPS[kind]))
     assert report.used.keys() == weights.keys()
     assert not report.missing + report.unused + report.recomputed
     back = published.state_dict(variables, config)
@@ -69,13 +58,12 @@ def test_written_back_to_the_bit(kind, noise):
         assert back[name].tobytes() == array.tobytes(), name
 
 
-@needs_names
-@pytest.mark.parametrize("kind", ["vqvae_depth", "vqvae_insseg"])
+@pytest.mark.parametrize("kind", cases.full_models("vqvae_*"))
 def test_through_files(kind, noise, tmp_path):
     """With the prefix of data-parallel training; a checkpoint directory lies between."""
     weights = random_weights(names_of(kind), noise)
     write_weights(tmp_path / "in.safetensors", {f"module.{name}": array for name, array in weights.items()})
-    report = to_directory(tmp_path / "in.safetensors", tmp_path / "run", configs.load(*KINDS[kind]))
+    report = to_directory(tmp_path / "in.safetensors", tmp_path / "run", config_files.load(*models.SET_UPS[kind]))
     assert len(report.used) == len(weights)
     to_file(tmp_path / "run", tmp_path / "out.safetensors")
     back = read_weights(tmp_path / "out.safetensors")
@@ -83,10 +71,10 @@ def test_through_files(kind, noise, tmp_path):
         assert back[name].tobytes() == array.tobytes(), name
 
 
-def config_of(task) -> ConfigDict:
-    """A config that builds this depth task."""
+def config_of(part) -> ConfigDict:
+    """A config that builds this part alone."""
     defaults = {
-        type(module): type(module)() for module in (task.solver.backbone, task.solver.transformer, task.tokenizer)
+        type(module): type(module)() for module in (part.solver.backbone, part.solver.transformer, part.tokenizer)
     }
 
     def fields(module) -> dict:
@@ -94,10 +82,10 @@ def config_of(task) -> ConfigDict:
         names = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
         return {name: getattr(module, name) for name in names if getattr(module, name) != getattr(default, name)}
 
-    parts = {"backbone": task.solver.backbone, "transformer": task.solver.transformer, "tokenizer": task.tokenizer}
-    plain = {name: getattr(task, name) for name in ("image_size", "soft_input", "soft_detokenize")}
+    parts = {"backbone": part.solver.backbone, "transformer": part.solver.transformer, "tokenizer": part.tokenizer}
+    plain = {name: getattr(part, name) for name in ("image_size", "pad_to", "flip", "soft_input", "soft_detokenize")}
     fields_of_parts = {name: fields(module) for name, module in parts.items()}
-    vocabulary = dataclasses.asdict(task.vocabulary)
+    vocabulary = dataclasses.asdict(part.vocabulary)
     return ConfigDict({"task": {"name": "depth", **plain, **fields_of_parts, "vocabulary": vocabulary}})
 
 
@@ -106,14 +94,15 @@ def test_a_converted_solver_predicts_what_the_published_one_does(name, tmp_path)
     case = cases.load(name)
     state_dict = case.state_dict()
     params = rules.from_state_dict(state_dict)["params"]
-    config = config_of(models.depth_task(case.hp["model"], params, case["in/img"].shape[-1]))
+    flip = case.hp["shift_window"]["flip"]
+    config = config_of(models.depth_part(case.hp["model"], params, case["in/img"].shape[-1], flip=flip))
     write_weights(tmp_path / "in.safetensors", state_dict)
     report = to_directory(tmp_path / "in.safetensors", tmp_path / "run", config)
     assert not report.missing + report.unused
 
     assert Predictor.load(tmp_path / "run").tasks == ("depth",)
     config, weights = checkpoint.load_inference(tmp_path / "run")
-    predict = compiled_predict(tasks.build(config.task))
+    predict = compiled_predict(tasks.build(config.task).parts["depth"])
     maps = predict(weights["params"], weights["model_state"], {"image": cases.nhwc(case["in/test_img"])})
     cases.check(maps["depth"], case["out/test_depth"])
     written = published.state_dict(weights, config)

@@ -9,11 +9,13 @@ import pytest
 
 from aitok_jax.convert import rules
 from aitok_jax.models import decode
-from aitok_jax.models.decode_objects import decode_objects
+from aitok_jax.models.decode_objects import CLASS_SLOT, decode_objects, nucleus
 from aitok_jax.models.transformer import sine_positions
+from aitok_jax.tasks.modalities.depth import Depth
+from aitok_jax.tasks.objects import DETECTION_ID, INSTANCES_ID
 
 pytestmark = cases.find("transformer_*")
-DEPTH = 2
+DEPTH, INSTANCES, DETECTION = Depth.task_id, INSTANCES_ID, DETECTION_ID
 
 
 @pytest.fixture
@@ -37,9 +39,9 @@ def test_vocabulary_offsets(case):
     assert vocab.classes.start == offsets["class_offset"]
     assert vocab.end_of_sequence == offsets["special_offset"]
     assert vocab.noise == offsets["noise_label"]
-    assert vocab.mask_codes.start == offsets["mask_offset"]
-    assert vocab.depth_codes.start == offsets["depth_offset"]
-    assert vocab.depth_codes.stop == offsets["enddepth_offset"]
+    assert vocab.codes_of("mask").start == offsets["mask_offset"]
+    assert vocab.codes_of("depth").start == offsets["depth_offset"]
+    assert vocab.codes_of("depth").stop == offsets["enddepth_offset"]
 
 
 def test_sine_positions(case):
@@ -87,7 +89,7 @@ def decode_depth(case, params, *, parallel=False, **options):
         model.apply({"params": params}, cases.nhwc(case["in/src_small"]), method="encode"),
         method="memory_keys_values",
     )
-    window = published.vocabulary(case.hp).depth_codes
+    window = published.vocabulary(case.hp).codes_of("depth").slice
     length = int(case["in/depth_pred_len"])
     run = jax.jit(lambda p, m: decode.decode(model, p, m, task=DEPTH, length=length, window=window, **options))
     return run(params, memory), window
@@ -104,16 +106,17 @@ def decode_depth(case, params, *, parallel=False, **options):
 def test_depth_decoding(case, params, tag, options):
     decoded, window = decode_depth(case, params, **options)
     cases.check(decoded.logits, case[f"out/depth_{tag}_logits"])
-    cases.check(decoded.logits, case[f"out/depth_{tag}_steplogits"][..., window.slice])
+    cases.check(decoded.logits, case[f"out/depth_{tag}_steplogits"][..., window])
     np.testing.assert_array_equal(decoded.tokens, case[f"out/depth_{tag}_tokens"])
 
 
 def check_objects(case, params, tag, task, mask_tokens, **options):
     """Tokens in the case count from the start of their slot's window."""
     model, vocabulary = build(case, params, parallel=False), published.vocabulary(case.hp)
-    slots = vocabulary.object_slots(mask_tokens)
+    starts = [vocabulary.coordinates.start] * CLASS_SLOT + [vocabulary.classes.start]
+    starts += [vocabulary.codes_of("mask").start] * mask_tokens
     theirs = case[f"out/{tag}_tokens"]
-    count = theirs.shape[1] // len(slots)
+    count = theirs.shape[1] // len(starts)
 
     @jax.jit
     def run(params, src):
@@ -124,8 +127,7 @@ def check_objects(case, params, tag, task, mask_tokens, **options):
         )
 
     decoded = run(params, cases.nhwc(case["in/src_big"][: len(theirs)]))
-    starts = np.array([window.start for window in slots])
-    np.testing.assert_array_equal((decoded.tokens - starts.reshape(1, 1, -1)).reshape(theirs.shape), theirs)
+    np.testing.assert_array_equal((decoded.tokens - np.reshape(starts, (1, 1, -1))).reshape(theirs.shape), theirs)
     cases.check(decoded.scores, case[f"out/{tag}_scores"])
     assert decoded.steps == theirs.shape[1]
     return decoded
@@ -136,18 +138,18 @@ def check_objects(case, params, tag, task, mask_tokens, **options):
 def test_instance_decoding(case, params, soft_detokenize, soft_input):
     tag = f"insseg_vae{soft_detokenize}_tr{soft_input}"
     mask_tokens = int(case["in/mask_token_length"])
-    decoded = check_objects(case, params, tag, 1, mask_tokens, soft_input=bool(soft_input))
+    decoded = check_objects(case, params, tag, INSTANCES, mask_tokens, soft_input=bool(soft_input))
     if soft_detokenize:
         cases.check(decoded.mask_logits, case[f"out/{tag}_masklogits"])
 
 
 def test_detection_decoding(case, params):
-    check_objects(case, params, "det", 0, 0, soft_input=False)
+    check_objects(case, params, "det", DETECTION, 0, soft_input=False)
 
 
 def test_nucleus(case):
     probabilities = jax.nn.softmax(jnp.asarray(case["out/nucleus_depth_logits"]))
-    kept = decode.nucleus(probabilities, case.hp["nucleus_top_p"])
+    kept = nucleus(probabilities, case.hp["nucleus_top_p"])
     cases.check(kept, case["out/nucleus_depth_probs"])
     np.testing.assert_array_equal(kept.argmax(-1), case["out/nucleus_depth_tokens"])
     np.testing.assert_array_equal((kept > 0).sum(-1).max(0), case.notes["nucleus_kept"])

@@ -51,7 +51,9 @@ def test_encode_and_decode(name):
 def test_soft_decoding(name):
     case, model, variables = load(name)
     logits = cases.nhwc(case["in/soft_logits"])
-    for key in case.keys("out/decode_soft_tau"):
+    keys = case.keys("out/decode_soft_tau")
+    assert keys
+    for key in keys:
         warmed = model.clone(soft_temperature=float(key.removeprefix("out/decode_soft_tau")))
         cases.check(warmed.apply(variables, logits, method="decode_soft")[..., 0], case[key])
 
@@ -67,7 +69,8 @@ def test_evaluation_losses(name):
     cases.check(plain.reconstruction_loss, case["out/ait_eval_recon"])
     cases.check(plain.quantized.loss, case["out/ait_eval_vq"])
     cases.check(plain.loss, case["out/ait_eval_total"])
-    cases.check(plain.output, cases.nhwc(case["out/ait_eval_out"]))
+    if "out/ait_eval_out" in case:
+        cases.check(plain.output, cases.nhwc(case["out/ait_eval_out"]))
 
 
 def training_step(case, model):

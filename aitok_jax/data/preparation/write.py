@@ -110,7 +110,7 @@ def _check_manifest(folder: Path, sound: dict[str, list[Line]]) -> None:
 
 def _files(report: Line) -> dict[str, str]:
     """A report's entry of the manifest: name and hashes."""
-    return {key: report[key] for key in ("name", "image", "depth") if key in report}
+    return {key: value for key, value in report.items() if key not in ("index", "entry", "annotations")}
 
 
 def _write_files(

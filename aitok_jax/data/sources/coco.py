@@ -1,4 +1,4 @@
-"""COCO: images with boxes, classes and instance masks from an instances JSON as published (AIT.md sections 6 to 8)."""
+"""COCO: images with boxes, classes and instance masks from an instances JSON as published."""
 
 import contextlib
 import functools
@@ -178,7 +178,7 @@ class CocoSource(Skipping):
 
 
 class MaskSource(Skipping):
-    """Each object of a `CocoSource`, for the mask tokenizer: its mask cropped at its box (AIT.md section 8).
+    """Each object of a `CocoSource`, for the mask tokenizer: its mask cropped at its box.
 
     The box is rounded to whole pixels inside the image, at least one (the published evaluation leaves out boxes under
     two); the crop is resized to size x size bilinearly, smoothed where it shrinks, and binarised at 1/2.

@@ -62,7 +62,8 @@ def decode_map(modality: Modality, file: File) -> np.ndarray:
     try:
         return modality.read(file.content)
     except DECODE_ERRORS as error:
-        raise DataError(f"{file.name}: {error}; restore it, take it off the list, or set on_error='skip'") from error
+        problem = error if type(error) is ValueError else f"broken image file ({error})"
+        raise DataError(f"{file.name}: {problem}; restore it, take it off the list, or set on_error='skip'") from error
 
 
 def decode_pair(modality: Modality, map_file: File, image_file: File | None) -> dict[str, np.ndarray]:

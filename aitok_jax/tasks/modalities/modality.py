@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Modality(abc.ABC):
-    """A kind of map: depth, say. A subclass in one file of this folder, and its entry in MODALITIES, is all of it.
+    """A kind of map. A subclass in one file of this folder, and its entry in MODALITIES, is all of it.
 
     Fields of a subclass are options of its configuration. A map is [B,H,W], or [B,H,W,...] with axes of its own; what
     the VQ-VAE sees of it, and gives back, is [B,H,W,channels].
@@ -70,7 +70,7 @@ class Modality(abc.ABC):
 
     @abc.abstractmethod
     def auxiliary(self, raw_BHWC: jax.Array, map_: jax.Array) -> dict[str, jax.Array]:
-        """The loss through soft tokens (paper, section 3.3) by its name: f32 scalars, which are added."""
+        """The loss through soft tokens (arXiv 2301.02229, soft token) by its name: f32 scalars, which are added."""
 
     def mirror(self, map_: Any) -> Any:
         """A map, or what the VQ-VAE gives, whose columns were reversed -> that of the mirrored scene (any library)."""
