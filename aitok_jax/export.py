@@ -134,9 +134,7 @@ def _description(
     return {
         "task": task,
         "input": {**described(images), "range": [0, 1], "colour": "RGB", "how": how},
-        "outputs": {
-            name: {**described(aval), "meaning": part.meanings[name]} for name, aval in sorted(outputs.items())
-        },
+        "outputs": {name: {**described(aval), "meaning": part.meanings[name]} for name, aval in outputs},
         "categories": predictor.categories if part.kind == "objects" else [],
         "platforms": list(program.platforms),
         "versions": {module.__name__: module.__version__ for module in (aitok_jax, jax, jaxlib)},

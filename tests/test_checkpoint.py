@@ -20,6 +20,7 @@ OPTIMIZER = optax.adam(1e-2)
 def _config(**changes):
     task = ConfigDict({"name": "toy", "width": 4, "sizes": (1, 2)})
     base = {"name": "toy", "seed": 0, "batch_size": 8, "train_steps": 5, "optim": {"name": "adam"}, "task": task}
+    base |= {"best_metric": "", "best_mode": "min"}
     return ConfigDict(base | changes)
 
 
@@ -94,7 +95,7 @@ def test_inference_weights_need_no_template(tmp_path):
     _save(tmp_path, state)
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "1"):
         config, variables = checkpoint.load_inference(path)
-        assert config.task.to_dict() == {"name": "toy", "width": 4, "sizes": [1, 2]}
+        assert config.task.parts.to_dict() == {"toy": {"name": "toy", "width": 4, "sizes": [1, 2]}}
         _assert_equal(variables, {"params": state.ema_params, "model_state": state.model_state})
         assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(variables))
     assert not np.array_equal(variables["params"]["dense"]["bias"], state.params["dense"]["bias"])
@@ -129,14 +130,14 @@ def test_another_configuration_is_refused_and_named(tmp_path, caplog):
     with checkpoint.open_manager(tmp_path) as manager:
         with pytest.raises(ValueError, match="another configuration") as error:
             checkpoint.restore_latest(manager, abstract, other)
-        assert "config.task.width: 4 there, 5 now" in str(error.value)
+        assert "config.task.parts.toy.width: 4 there, 5 now" in str(error.value)
         assert "config.seed: 0 there, 1 now" in str(error.value)
         assert "train_steps" not in str(error.value)
         with caplog.at_level(logging.INFO):
             task = ConfigDict({"name": "toy", "width": 4, "sizes": (1, 2), "dtype": "bfloat16", "remat": "blocks"})
             assert checkpoint.restore_latest(manager, abstract, _config(train_steps=50, task=task)) is not None
         assert "config.train_steps: 5 there, 50 now" in caplog.text
-        assert "config.task.remat: None there, 'blocks' now" in caplog.text
+        assert "config.task.parts.toy.remat: None there, 'blocks' now" in caplog.text
 
 
 def test_other_shapes_name_parameter_and_both_shapes(tmp_path):

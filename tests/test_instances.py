@@ -201,9 +201,7 @@ def test_detection_has_no_masks(batch):
     }
     params = params | {"transformer": transformer | tables}
     boxes_only = {"instances": {name: array for name, array in batch.items() if name != "objects/crops"}}
-    loss, (metrics, new_state) = jax.jit(DETECTION_TASK.loss)(
-        params, frozen, {"instances": boxes_only}, jax.random.key(0)
-    )
+    loss, (metrics, new_state) = jax.jit(DETECTION_TASK.loss)(params, frozen, boxes_only, jax.random.key(0))
     assert new_state == {}
     assert set(metrics) == {"box_cross_entropy", "class_cross_entropy"}
     real = (batch["objects/kind"] == 0).sum()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aitok_jax import Predictor
+from aitok_jax import Predictor, tasks
 from aitok_jax.data import scenes
 from aitok_jax.scenes.furniture import CLASSES
 from aitok_jax.training import loop
@@ -76,9 +76,9 @@ def joint_config(folder):
     shared.backbone.update({"pretrain_windows": (5, 5), "use_shift": (False, False)})
     shared.transformer.update({"dim": 32, "num_heads": 4, "hidden": 64, "encoder_layers": 1, "decoder_layers": 1})
     shared.transformer.max_length = 60
-    config.optim.update({"layer_decay": 1.0, "warmup_steps": 1})
+    config.optim.update({"layer_decay": 1.0, "warmup_steps": 1, "learning_rate": 0.005})
     config.eval_variants = {"depth": {}, "instances": {"instances_sampled": {"top_p": 0.3}}}
-    config.eval_every = 2
+    config.train_steps, config.eval_every = 16, 8
     config.depth_tokenizer, config.mask_tokenizer = str(folder / "depth_tokenizer"), str(folder / "mask_tokenizer")
     return config
 
@@ -133,6 +133,17 @@ def test_joint_run_measures_both_tasks(folder, joint):
     panels = [{path.name for path in (folder / "joint" / "panels" / part).iterdir()} for part in ("depth", "instances")]
     assert panels[0] == panels[1]  # of the same images, which is why they lie in two folders
     assert len(panels[0]) == 4
+
+
+def test_the_solver_learns_which_tokens_there_are(folder, joint):
+    """Untrained, a token has a cross-entropy of log V, 5.5."""
+    lines = [json.loads(line) for line in (folder / "joint" / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [line for line in lines if "loss" in line]
+    names = ("depth/cross_entropy", "instances/box_cross_entropy", "instances/class_cross_entropy")
+    vocabulary = tasks.build(joint_config(folder).task).vocabulary
+    untrained = np.log(vocabulary.size)
+    shares = {name: (first[name] / untrained, last[name] / untrained) for name in names}
+    assert max(share for _, share in shares.values()) < 0.9, shares
 
 
 def test_one_set_of_weights_predicts_both(folder, joint):

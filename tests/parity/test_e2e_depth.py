@@ -111,9 +111,9 @@ def test_inference(case, tree, part):
     squares = cut(jnp.asarray(image), starts)
     if part.flip:
         squares = jnp.concatenate([squares, squares[:, :, ::-1]])
-    features = jax.jit(partial(part.solver.apply, method="features"))({"params": tree["params"]}, squares[:1])
-    if not part.pad_to:
-        cases.check(features, cases.nhwc(case["out/test_feat"]))
+    features_of = jax.jit(partial(part.solver.apply, method="features"))
+    features = features_of({"params": tree["params"]}, part._scaled(squares[:1]))
+    cases.check(features, cases.nhwc(case["out/test_feat"]))
     decoded = jax.jit(lambda params, images: part.decode(params, part.memory(params, images)))(tree["params"], squares)
     cases.check(decoded.logits, case["out/test_steplogits"])
     maps = part.detokenize(tree["model_state"], decoded)["map"]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from aitok_jax import tasks
 from aitok_jax.config import flatten, translated
@@ -202,7 +203,6 @@ def test_tokenizer(name):
 
 
 ADAM = {"optim.b1": 0.9, "optim.b2": 0.999, "optim.eps": 1e-8}
-PLAIN = {"ema_decay": 0.0, "accumulate": 1, "task.shared.init_variance": None, "eval_batch_size": None}
 NYU = {"modality": "depth", "size": 480, "color": True, "cutdepth": "published", "columns": ()}
 DEPTH = {"eval_crop": (45, 471, 41, 601), "max_depth": 10.0, "memory_weight": None, "input_noise": None}
 COCO = {"size": 640, "num_objects": 100, "jitter": (0.1, 3.0), "order": "random", "mask_size": 64}
@@ -273,11 +273,10 @@ def test_constants_that_the_file_does_not_have(ours):
 
 
 def test_constants_of_the_code():
-    model, tables = vqvae.VQVAE(), {name: getattr(map_transforms, name) for name in ("SATURATION", "VALUE")}
+    model = vqvae.VQVAE()
     assert (model.decay, model.epsilon, model.commitment_cost) == (0.99, 1e-5, 0.25)
     assert (swin_v2.EPSILON, transformer.EPSILON, layers.INIT_STD) == (1e-6, 1e-5, 0.02)
     assert (EIGEN_CROP, MIN_DEPTH) == ((45, 471, 41, 601), 1e-3)
-    assert tables | {"HUE": map_transforms.HUE_DEGREES} == {"SATURATION": 30.0, "VALUE": 20.0, "HUE": 40.0}
     assert map_transforms.CUTDEPTH_MAX_DEPTH == 10.0
     assert object_transforms.MIN_SIDE == 1e-2
     assert (object_transforms._DUPLICATE_JITTER, object_transforms._CUT) == (0.1, 2.0)
@@ -286,14 +285,35 @@ def test_constants_of_the_code():
     assert metrics.inside(EIGEN_CROP, 480, 640).sum() == (471 - 45) * (601 - 41)
 
 
-def test_ranges_of_colour():
-    """Brightness and contrast ±0.2, gamma 0.8..1.2, each with p 1/2, by the darkest and brightest of many draws."""
-    grey = {"image": np.full((1, 1, 3), 128, np.uint8)}
-    draws = [int(map_transforms.random_color(grey, [seed, 0])["image"][0, 0].numpy().mean()) for seed in range(200)]
-    low, high = (128 * 0.8 - 255 * 0.2, 128 * 1.2 + 255 * 0.2)
-    assert low * 0.7 < min(draws) < 0.8 * 128
-    assert 128 * 1.3 < max(draws) < high * 1.2
-    assert 10 < draws.count(128) < 60  # 1/8 of them unchanged
+def draws(apply, count: int = 4000) -> np.ndarray:
+    """What a random op gives for many seeds."""
+    seeds = tf.data.Dataset.range(count).map(lambda i: apply(tf.stack([tf.cast(i, tf.int32), 0])))
+    return np.stack(list(seeds.as_numpy_iterator()))
+
+
+def check_range(numbers: np.ndarray, low: float, high: float) -> None:
+    np.testing.assert_allclose([numbers.min(), numbers.max()], [low, high], atol=0.01 * (high - low))
+
+
+def test_ranges_of_colour(monkeypatch):
+    """Contrast and gamma 0.8..1.2, brightness -0.2..0.2, each pair and the gamma with p 1/2."""
+    monkeypatch.setattr(map_transforms, "tone_table", lambda *numbers: tf.stack([*numbers, *numbers]))
+    monkeypatch.setattr(map_transforms, "shift_hsv", lambda image, shifts: tf.concat([image[:3], shifts], 0))
+    places = {"image": np.arange(6)}
+    alpha, beta, gamma, *shifts = draws(lambda seed: map_transforms.random_color(places, seed)["image"]).T
+    for numbers, low, high, neutral in ((alpha, 0.8, 1.2, 1), (beta, -0.2, 0.2, 0), (gamma, 0.8, 1.2, 1)):
+        check_range(numbers, low, high)
+        assert np.mean(numbers == neutral) == pytest.approx(0.5, abs=0.03)
+    for numbers, largest in zip(shifts, (40, 30, 20), strict=True):
+        check_range(numbers, -largest, largest)
+
+
+def test_share_of_cutdepth(monkeypatch):
+    monkeypatch.setattr(map_transforms, "cut_depth", lambda image, *_: image + 1)
+    example = {"image": np.zeros(1), "depth": np.zeros(1)}
+    assert np.mean(draws(lambda seed: map_transforms.random_cut_depth(example, seed)["image"])) == pytest.approx(
+        0.25, abs=0.02
+    )
 
 
 def test_drop_path_rises_linearly_and_norms():
