@@ -1,6 +1,8 @@
 """Finds the parity cases: arrays made with the published system, read from $AITOK_PARITY_DIR or ../shared/parity.
 
-Without either, the compact subset in tests/parity/cases is used, so that a plain `pytest` proves parity anywhere.
+Without either, the compact subset in tests/parity/cases is used, so that a plain `pytest` proves parity anywhere. It
+has a slice of every kind: large arrays, the last two stages of Swin-V2, the depth part of the joint case and the depth
+head's VQ-VAE are left out. What lies in its paligemma/ is vqvae_insseg_small in PaliGemma's form, not PaliGemma's own.
 """
 
 import functools
