@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aitok_jax import tasks
-from aitok_jax.convert import files, published
+from aitok_jax.convert import published, weight_files
 from aitok_jax.models.vqvae import VQVAE
 from aitok_jax.tasks.modalities.depth import Depth
 from aitok_jax.tasks.tokenizer import MapTokenizer
@@ -57,7 +57,7 @@ class _Tokenizer:
 
         Raises:
           FileNotFoundError: nothing there.
-          ValueError: a directory or file of something else, or one that is damaged (see `convert.files.read_weights`).
+          ValueError: a directory or file of something else, or one that is damaged (see `weight_files`).
         """
         if checkpoint.locate(path).is_dir():
             return cls(*cls._from_directory(path))
@@ -65,7 +65,7 @@ class _Tokenizer:
 
     @classmethod
     def _from_file(cls, path: str | Path) -> tuple[VQVAE, dict]:
-        state_dict = {name.removeprefix("module."): array for name, array in files.read_weights(path).items()}
+        state_dict = {name.removeprefix("module."): array for name, array in weight_files.read_weights(path).items()}
         inside = {name: array for name, array in state_dict.items() if name.startswith(cls._prefix)}
         state_dict = {name.removeprefix(cls._prefix): array for name, array in (inside or state_dict).items()}
         fields = _fields_of(path, state_dict) | cls._options

@@ -37,6 +37,9 @@ SHARED = Path(os.environ.get("AITOK_SHARED_DIR", Path(__file__).parents[2] / "sh
 LONGEST = (
     "end_to_end",
     "joint_run",
+    "new_modality",
+    "old_runs",
+    "first_steps",
     "e2e_depth",
     "notebooks",
     "multihost",
@@ -45,7 +48,6 @@ LONGEST = (
     "scaling",
     "tasks",
     "from_scratch",
-    "old_runs",
 )
 LONGEST += ("real_frames", "interruptions", "e2e_joint", "export", "joint", "train", "instances_loss")
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from aitok_jax import tasks
 from aitok_jax.convert import published, rules
 from aitok_jax.convert.__main__ import to_directory, to_file
-from aitok_jax.convert.files import read_weights, write_weights
+from aitok_jax.convert.weight_files import read_weights, write_weights
 from aitok_jax.training import checkpoint, warm_start
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 import aitok_jax
 from aitok_jax import tasks
 from aitok_jax.convert import published
-from aitok_jax.convert.files import read_weights, write_weights
+from aitok_jax.convert.weight_files import read_weights, write_weights
 from aitok_jax.tokenizers import DepthTokenizer, MaskTokenizer, parse_text, write_text
 from aitok_jax.training import checkpoint
 

@@ -17,7 +17,7 @@ import pytest
 from torch_files import legacy_file, tensor_program, zip_file
 
 from aitok_jax.convert import unpickle
-from aitok_jax.convert.files import WeightFileError, read_weights, write_weights
+from aitok_jax.convert.weight_files import WeightFileError, read_weights, write_weights
 
 FIXTURES = Path(__file__).parent / "weights"  # written by PyTorch 2.13 and safetensors 0.8
 GENUINE = ("zip.pth", "legacy.pth", "protocol4.pth", "mixed.safetensors")
@@ -354,7 +354,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from torch_files import mutate, zip_file
 from aitok_jax.convert import unpickle
-from aitok_jax.convert.files import WeightFileError, read_weights
+from aitok_jax.convert.weight_files import WeightFileError, read_weights
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))

@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from aitok_jax import config as configuration
-from aitok_jax.convert import files, published
+from aitok_jax.convert import published, weight_files
 from aitok_jax.training import checkpoint
 
 
@@ -38,7 +38,7 @@ def to_directory(file: str | Path, directory: str | Path, config: ConfigDict) ->
         raise ValueError("the config has no task; give one of a single run, such as configs/nyu.py")
     if checkpoint.latest_step(directory) >= 0:
         raise ValueError(f"{directory} holds checkpoints already; give a new directory")
-    variables, config, report = published.convert(files.read_weights(file), config)
+    variables, config, report = published.convert(weight_files.read_weights(file), config)
     if not report.missing:
         checkpoint.save_inference(directory, variables, config)
     return report
@@ -54,7 +54,7 @@ def to_file(directory: str | Path, file: str | Path) -> dict[str, tuple[int, ...
     config, variables = checkpoint.load_inference(directory)
     state_dict = published.state_dict(variables, config)
     wrapper = "weights" if config.task.name == "tokenizer" else "state_dict"
-    files.write_weights(file, state_dict, wrapper)
+    weight_files.write_weights(file, state_dict, wrapper)
     return {name: array.shape for name, array in state_dict.items()}
 
 

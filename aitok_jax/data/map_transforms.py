@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aitok_jax.tasks.modalities import Modality
+from aitok_jax.tasks.modalities.depth import Depth
 
 Example = dict[str, Any]
 
@@ -87,6 +88,10 @@ def solver_train(modality: Modality, size: int, color: bool = True, cutdepth: st
     _check_size(size)
     if cutdepth not in CUTDEPTH_MODES:
         raise ValueError(f"cutdepth={cutdepth!r} must be one of {CUTDEPTH_MODES}")
+    if cutdepth != "off" and modality.name != Depth.name:
+        raise ValueError(
+            f"cutdepth={cutdepth!r} shows depth in the image, which {modality.name} does not have: set 'off'"
+        )
 
     def apply(example: Example, seed: Any) -> Example:
         if cutdepth != "off":

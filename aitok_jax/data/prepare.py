@@ -107,7 +107,7 @@ def _write_pairs(args: argparse.Namespace, train: nyu.NyuSource, test: nyu.NyuSo
 
 def _build_pairs(args: argparse.Namespace, lines: dict[str, list], broken: list[str]) -> None:
     from aitok_jax.data.preparation import write
-    from aitok_jax.data.preparation.pairs import NyuPairs
+    from aitok_jax.data.preparation.map_pairs import NyuPairs
 
     write.build(_settings(args), NyuPairs, {split: _numbered(lines[split]) for split in lines}, broken)
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from aitok_jax import Predictor, tasks
 from aitok_jax.convert import published, rules
 from aitok_jax.convert.__main__ import to_directory, to_file
-from aitok_jax.convert.files import read_weights, write_weights
+from aitok_jax.convert.weight_files import read_weights, write_weights
 from aitok_jax.models.swin_v2 import SwinV2
 from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.training import checkpoint
