@@ -82,7 +82,7 @@ def _write_scene(job: _Job) -> list[dict]:
 def _maps(scene: Scene) -> dict[str, np.ndarray]:
     """By the beginning of a file's name: depth in 16-bit millimetres, normals in the usual colours, see `Normals`."""
     millimetres = [np.round(depth * 1000).astype(np.uint16) for depth in (scene.sensor_depth, scene.depth)]
-    colors = np.round((scene.normals + 1) * 127.5).astype(np.uint8)
+    colors = np.round((scene.normals * np.float32([1, -1, -1]) + 1) * 127.5).astype(np.uint8)
     return dict(zip(("sync_depth", "exact_depth", "normals"), (*millimetres, colors), strict=True))
 
 

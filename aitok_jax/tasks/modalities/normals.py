@@ -20,6 +20,7 @@ from aitok_jax.image import save_png
 from aitok_jax.tasks.modalities.modality import Modality, Tile, masked_mean
 
 WITHIN = (11.25, 22.5, 30.0)  # degrees, of the usual shares of pixels
+_PICTURED = np.array([1, -1, -1], np.float32)  # pictures count upwards and towards the camera
 _TINY = 1e-6
 
 
@@ -76,7 +77,7 @@ class Normals(Modality):
         if image.mode != "RGB":
             raise ValueError(f"normals must be a picture of 3 x 8 bits, but Pillow reads mode {image.mode!r}")
         picture = np.asarray(image)
-        vectors = (picture.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
+        vectors = _PICTURED * (picture.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
         vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
         return np.where((picture == 128).all(-1, keepdims=True), np.float32(0), vectors)
 
@@ -90,8 +91,11 @@ class Normals(Modality):
 
 
 def colors(map_: np.ndarray) -> np.ndarray:
-    """uint8[H,W,3]: red 127.5 (1 + x), green 127.5 (1 + y), blue 127.5 (1 + z), as such maps are usually drawn."""
-    return np.clip(np.round((map_ + 1) * 127.5), 0, 255).astype(np.uint8)
+    """uint8[H,W,3], as such maps are usually drawn: red to the right, green upwards, blue towards the camera.
+
+    That is red 127.5 (1 + x), green 127.5 (1 - y), blue 127.5 (1 - z).
+    """
+    return np.clip(np.round((_PICTURED * map_ + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def _unit(vectors: Any) -> Any:
