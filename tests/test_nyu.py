@@ -168,7 +168,7 @@ def test_maps_of_another_modality(tmp_path):
     write_pair(tmp_path / "a", 3)
     with pytest.raises(FileNotFoundError, match=r"normals_00003\.png: missing normals map of a/rgb_00003\.jpg"):
         nyu.NyuSource(Normals(), tmp_path)
-    Image.new("RGB", (8, 6), (128, 0, 128)).save(tmp_path / "a/normals_00003.png")
+    Image.new("RGB", (8, 6), (128, 255, 128)).save(tmp_path / "a/normals_00003.png")
     example = nyu.NyuSource(Normals(), tmp_path).read(0)
     assert set(example) == {"image", "normals"}
     np.testing.assert_allclose(example["normals"], np.broadcast_to([0, -1, 0], (6, 8, 3)), atol=0.01)
