@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from aitok_jax import evaluators, tasks
 from aitok_jax.config import ordered
 from aitok_jax.data import datasets, pipeline
-from aitok_jax.evaluators.batches import run_evaluation
+from aitok_jax.evaluators.batches import Evaluation
 from aitok_jax.models.bins import BinsTokenizer
 from aitok_jax.parallel import sharding
-from aitok_jax.tasks.base import Batch, Tree, compiled_predict
+from aitok_jax.tasks.base import Batch, Tree
 from aitok_jax.tasks.modalities.depth import Depth
 from aitok_jax.training import checkpoint
 
@@ -72,20 +72,12 @@ def rmse_in_holes(part: Any, variables: Tree, sensor: datasets.Data, exact: data
     """See `measure`: of predictions from `sensor`, which has holes, against `exact`, which has none."""
     mesh = sharding.make_mesh()
     variables = jax.device_put(variables, sharding.state_shardings(variables, mesh))
-    predict, errors = compiled_predict(part), []
-    steps = run_evaluation(
-        lambda batch: predict(variables["params"], variables["model_state"], batch)["depth"],
-        sensor,
-        batch_size=batch_size,
-        mesh=mesh,
-        label="holes",
-        progress=False,
-    )
+    errors, options = [], {"batch_size": batch_size, "prefix": "holes", "mesh": mesh, "progress": False}
+    steps = Evaluation(part, variables["params"], variables["model_state"], sensor, **options).run()
     truths = pipeline.eval_batches(exact.eval, exact.eval_transform, batch_size=batch_size)
-    for (batch, depth), truth in zip(steps, truths, strict=True):
-        errors += list(
-            _errors(*map(np.asarray, (depth, batch["depth"], truth["depth"])))[np.asarray(batch["mask"]) > 0]
-        )
+    for (batch, outputs), truth in zip(steps, truths, strict=True):
+        maps = map(np.asarray, (outputs["depth"], batch["depth"], truth["depth"]))
+        errors += list(_errors(*maps)[np.asarray(batch["mask"]) > 0])
     return float(np.nanmean(errors))
 
 

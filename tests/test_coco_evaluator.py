@@ -2,6 +2,7 @@
 
 import types
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,7 @@ from PIL import Image
 
 from aitok_jax.data import object_transforms
 from aitok_jax.data.sources import coco as coco_data
-from aitok_jax.evaluators import average_precision
-from aitok_jax.evaluators.objects import evaluate
+from aitok_jax.evaluators import average_precision, evaluate
 from aitok_jax.parallel import sharding
 from aitok_jax.tasks import paste
 
@@ -22,6 +22,8 @@ SIZE, SLOTS = 96, 8
 @dataclass(frozen=True)
 class KnownObjects:
     """Returns the objects that `params` holds for the images of the batch."""
+
+    kind: ClassVar[str] = "objects"
 
     masks: bool = True
 

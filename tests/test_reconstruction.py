@@ -2,6 +2,7 @@
 
 import types
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from aitok_jax.data import object_transforms
 from aitok_jax.data.sources import coco as coco_data
-from aitok_jax.evaluators import reconstruction
+from aitok_jax.evaluators import evaluate
 from aitok_jax.parallel import sharding
 
 SIZE = 32
@@ -20,6 +21,8 @@ SIZE = 32
 @dataclass(frozen=True)
 class Reconstructor:
     """Returns the mask with its values scaled, and shifted to the right by some cells."""
+
+    kind: ClassVar[str] = "masks"
 
     scale: float = 1.0
     shift: int = 0
@@ -52,7 +55,7 @@ class Masks:
 def run(source, task=None, **options):
     data = types.SimpleNamespace(train=None, eval=source, eval_transform=object_transforms.instance(SIZE, train=False))
     options = {"batch_size": 4, "prefix": "masks", "progress": False} | options
-    return reconstruction.evaluate(task or Reconstructor(), {}, {}, data, **options)
+    return evaluate(task or Reconstructor(), {}, {}, data, **options)
 
 
 def rectangle(box, height, width):
@@ -131,7 +134,7 @@ def test_real_masks(coco_subset):
     data = types.SimpleNamespace(
         eval=coco_data.MaskSource(images), eval_transform=object_transforms.instance(64, train=False)
     )
-    result = reconstruction.evaluate(Reconstructor(), {}, {}, data, batch_size=64, prefix="masks", progress=False)
+    result = evaluate(Reconstructor(), {}, {}, data, batch_size=64, prefix="masks", progress=False)
     assert result["masks/mask_ap"] > 0.99
     assert result["masks/boundary_ap50"] > 0.999
     assert result["masks/mask_iou"] > 0.985

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +15,59 @@ from tqdm import tqdm
 
 from aitok_jax.data import pipeline
 from aitok_jax.parallel import sharding
+from aitok_jax.tasks.base import compiled_predict
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated and how; the numbers are the same for any batch size, mesh and number of hosts.
+
+    Attributes:
+        part: has `predict`, and what the evaluator of its kind reads.
+        params, model_state: what `part.predict` takes.
+        data: has `eval` and `eval_transform` for `pipeline.eval_batches`, and what the evaluator reads.
+        batch_size: examples a step, over all hosts.
+        prefix: first part of the metrics' names.
+        mesh: spreads the batches over its devices; None runs where `params` lie.
+        baseline: also measure a prediction that sees no image, where the kind has one.
+        panels_dir: folder for pictures of the first `panels` images, NAME.png with '/' in names replaced by '_'.
+        progress: show a progress bar.
+    """
+
+    part: Any
+    params: Any
+    model_state: Any
+    data: Any
+    _: dataclasses.KW_ONLY
+    batch_size: int
+    prefix: str
+    mesh: Mesh | None = None
+    baseline: bool = False
+    panels_dir: str | Path | None = None
+    panels: int = 8
+    progress: bool = True
+
+    def run(self, then: Callable[[dict, dict], Any] = lambda batch, outputs: outputs) -> Iterator[tuple[dict, Any]]:
+        """(batch, then(batch, what `part.predict` says of it)) for this host's share of every batch."""
+        predict, data = compiled_predict(self.part), self.data
+        batches = pipeline.eval_batches(
+            data.eval,
+            data.eval_transform,
+            batch_size=self.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return run_batches(
+            lambda batch: then(batch, predict(self.params, self.model_state, batch)),
+            batches,
+            mesh=self.mesh,
+            total=-(-len(data.eval) // self.batch_size),
+            label=self.prefix,
+            progress=self.progress,
+        )
+
+    def named(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        return {f"{self.prefix}/{name}": value for name, value in numbers.items()}
 
 
 def run_batches(
@@ -48,21 +103,6 @@ def run_batches(
             bar.update()
 
 
-def run_evaluation(
-    step: Callable[[dict], Any], data: Any, *, batch_size: int, mesh: Mesh | None, label: str, progress: bool
-) -> Iterator[tuple[dict, Any]]:
-    """`run_batches` over `data.eval`, transformed by `data.eval_transform`: this host's share of every batch."""
-    batches = pipeline.eval_batches(
-        data.eval,
-        data.eval_transform,
-        batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    total = -(-len(data.eval) // batch_size)
-    return run_batches(step, batches, mesh=mesh, total=total, label=label, progress=progress)
-
-
 def to_host(tree: Any) -> Any:
     """The arrays of a tree as NumPy, with the rows of all hosts; where there are several, every host must call it."""
     if jax.process_count() > 1:
@@ -84,8 +124,6 @@ class Mean:
             selected = np.asarray(values, np.float64)[rows]
             self._totals[name] = self._totals.get(name, 0.0) + float(selected.sum())
 
-    def result(self, prefix: str) -> dict[str, float]:
-        """`prefix/name` -> average; empty where no row was added."""
-        if not self.count:
-            return {}
-        return {f"{prefix}/{name}": total / self.count for name, total in self._totals.items()}
+    def result(self) -> dict[str, float]:
+        """name -> average; empty where no row was added."""
+        return {name: total / self.count for name, total in self._totals.items()} if self.count else {}

@@ -9,72 +9,48 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from aitok_jax import visualize
 from aitok_jax.data.sources.files import READ_ERRORS, DataError, size_text
-from aitok_jax.evaluators.batches import Mean, run_evaluation, to_host
+from aitok_jax.evaluators.batches import Evaluation, Mean, to_host
 from aitok_jax.evaluators.metrics import confidence_spearman, inside
 from aitok_jax.image import save_png
-from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.tasks.modalities import Modality
 
 
-def evaluate(
-    part: Any,
-    params: Any,
-    model_state: Any,
-    data: Any,
-    *,
-    batch_size: int,
-    prefix: str,
-    mesh: Mesh | None = None,
-    baseline: bool = False,
-    panels_dir: str | Path | None = None,
-    panels: int = 8,
-    progress: bool = True,
-) -> dict[str, float]:
+def evaluate(evaluation: Evaluation) -> dict[str, float]:
     """Evaluates a predictor of maps on `data.eval`.
 
     Each of the modality's metrics is computed per image, over the pixels that it measures inside `part.eval_crop`, and
-    averaged over the images. The result is the same for any batch size, mesh and number of hosts.
+    averaged over the images. The baseline is the mean map of `data.train`, resized where the evaluation maps have
+    another size; left out where `data.train` is None.
 
     Args:
-        part: has `modality`, `eval_crop` (rows and columns as in `metrics.inside`) and `predict`, which gives the map
-            under the modality's name and, optionally, `confidence` f32[B,H,W].
-        params, model_state: what `part.predict` takes.
-        data: has `eval` and `eval_transform` for `pipeline.eval_batches`; for the baseline also `train`.
-        batch_size: images a step, over all hosts.
-        prefix: first part of the metrics' names.
-        mesh: spreads the batches over its devices; None runs where `params` lie.
-        baseline: also measure, as `baseline/...`, the prediction that sees no image: the mean map of `data.train`
-            (resized where the evaluation maps have another size). Left out where `data.train` is None.
-        panels_dir: folder for pictures of the first `panels` images, NAME.png with '/' in names replaced by '_'.
-        progress: show a progress bar.
+        evaluation: its `part` has `modality` and `eval_crop` (rows and columns as in `metrics.inside`); its outputs are
+            the map under the modality's name and, optionally, `confidence` f32[B,H,W].
     Returns:
-        `prefix/METRIC`; `prefix/confidence_spearman` (averaged) where there is a confidence;
+        `prefix/METRIC`; `prefix/confidence_spearman` (averaged) where there is a confidence; `baseline/METRIC`;
         `prefix/images_without_NAME`, the number of images left out because they have no valid pixel, where there are
         any.
     Raises:
         ValueError: the crop does not fit the images, or no image has a valid pixel.
     """
-    predict, modality = compiled_predict(part), part.modality
-    constant = mean_map(data.train, modality) if baseline and data.train is not None else None
+    part, data = evaluation.part, evaluation.data
+    modality = part.modality
+    constant = mean_map(data.train, modality) if evaluation.baseline and data.train is not None else None
 
-    def step(batch):
-        outputs = predict(params, model_state, batch)
+    def measured(batch, outputs):
         return outputs, _measure(outputs, batch, constant, modality=modality, crop=part.eval_crop)
 
     means: dict[str, Mean] = {}
     seen, without = 0, 0
-    steps = run_evaluation(step, data, batch_size=batch_size, mesh=mesh, label=prefix, progress=progress)
-    for batch, (outputs, rows) in steps:
+    for batch, (outputs, rows) in evaluation.run(measured):
         rows = to_host(rows)
         real = rows["mask"] > 0
         for kind, columns in rows["metrics"].items():
             means.setdefault(kind, Mean()).add(columns, real & rows["annotated"])
-        if panels_dir is not None and seen < panels:
-            _write_panels(to_host((batch, outputs)), modality, data.eval.names, Path(panels_dir), panels)
+        if evaluation.panels_dir is not None and seen < evaluation.panels:
+            _write_panels(to_host((batch, outputs)), evaluation)
         seen += int(real.sum())
         without += int((real & ~rows["annotated"]).sum())
     if without == seen:
@@ -82,12 +58,11 @@ def evaluate(
             f"none of the {seen} evaluation images has a pixel to measure {modality.name} on inside eval_crop="
             f"{part.eval_crop}; check the unit of the maps, and the crop"
         )
-    result = means["model"].result(prefix)
-    if "baseline" in means:
-        result |= means["baseline"].result("baseline")
+    result = means["model"].result()
     if without:
-        result[f"{prefix}/images_without_{modality.name}"] = float(without)
-    return result
+        result[f"images_without_{modality.name}"] = float(without)
+    baseline = means["baseline"].result() if "baseline" in means else {}
+    return evaluation.named(result) | {f"baseline/{name}": value for name, value in baseline.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("modality", "crop"))
@@ -136,13 +111,13 @@ def mean_map(source: Any, modality: Modality) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), overall).astype(np.float32)
 
 
-def _write_panels(arrays, modality: Modality, names, folder: Path, panels: int) -> None:
+def _write_panels(arrays: tuple, evaluation: Evaluation) -> None:
     """Writes the pictures of those rows that are among the first `panels` examples (on the first host)."""
     if jax.process_index() != 0:
         return
-    batch, outputs = arrays
-    for row in np.flatnonzero((batch["mask"] > 0) & (batch["id"] < panels)):
-        name = names[int(batch["id"][row])]
+    (batch, outputs), modality = arrays, evaluation.part.modality
+    for row in np.flatnonzero((batch["mask"] > 0) & (batch["id"] < evaluation.panels)):
+        name = evaluation.data.eval.names[int(batch["id"][row])]
         picture = visualize.map_panel(
             modality,
             batch["image"][row],
@@ -151,4 +126,4 @@ def _write_panels(arrays, modality: Modality, names, folder: Path, panels: int) 
             confidence=outputs["confidence"][row] if "confidence" in outputs else None,
             title=name,
         )
-        save_png(folder / visualize.png_name(name), picture)
+        save_png(Path(evaluation.panels_dir) / visualize.png_name(name), picture)

@@ -3,55 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from aitok_jax import visualize
 from aitok_jax.evaluators.average_precision import KINDS, CocoScorer
-from aitok_jax.evaluators.batches import run_evaluation, to_host
+from aitok_jax.evaluators.batches import Evaluation, to_host
 from aitok_jax.image import save_png
 from aitok_jax.tasks import paste
-from aitok_jax.tasks.base import compiled_predict
 
 PANEL_SCORE = 0.3
 """Objects below this score are left out of the pictures, not of the numbers."""
 
 
-def evaluate(
-    part: Any,
-    params: Any,
-    model_state: Any,
-    data: Any,
-    *,
-    batch_size: int,
-    prefix: str,
-    mesh: Mesh | None = None,
-    baseline: bool = False,
-    panels_dir: str | Path | None = None,
-    panels: int = 8,
-    progress: bool = True,
-) -> dict[str, float]:
+def evaluate(evaluation: Evaluation) -> dict[str, float]:
     """Evaluates a detector, or an instance segmenter, on all images of `data.eval`.
 
     The predicted objects are brought back to the original images (`paste.to_results`) as the batches come; masks are
-    kept as RLE. The result is the same for any batch size, mesh and number of hosts (each host measures everything).
+    kept as RLE. There is no baseline without an image.
 
     Args:
-        part: has `predict`, whose outputs are `boxes` f32[B,N,4] x1 y1 x2 y2 in pixels of the input, `classes`
-            int32[B,N], `scores` f32[B,N], `valid` bool[B,N] and, for instances, `masks` f32[B,N,S,S].
-        params, model_state: what `part.predict` takes.
-        data: has `eval` and `eval_transform` for `pipeline.eval_batches`, whose batches hold `id`, `mask`, `scale`
-            f32[B,2] and `original_size` int32[B,2]. `data.eval` has `coco` (pycocotools), `ids` (COCO's image id of
-            each example), `category_ids` and `categories` (names) of each class, and for the pictures `names`, `read`.
-        batch_size: images a step, over all hosts.
-        prefix: first part of the metrics' names.
-        mesh: spreads the batches over its devices; None runs where `params` lie.
-        baseline: there is none without an image; ignored.
-        panels_dir: folder for pictures of the first `panels` images, NAME.png with '/' in names replaced by '_'.
-        progress: show a progress bar.
+        evaluation: outputs of its `part` are `boxes` f32[B,N,4] x1 y1 x2 y2 in pixels of the input, `classes`
+            int32[B,N], `scores` f32[B,N], `valid` bool[B,N] and, for instances, `masks` f32[B,N,S,S]. Its `data` gives
+            batches with `id`, `mask`, `scale` f32[B,2] and `original_size` int32[B,2], and `data.eval` has `coco`
+            (pycocotools), `ids` (COCO's image id of each example), `category_ids` and `categories` (names) of each
+            class, and for the pictures `names`, `read`.
     Returns:
         `prefix/box_ap`, `prefix/box_ap50` and so on as in `CocoScorer.result`; where the task predicts masks, also
         `prefix/mask_...` and `prefix/boundary_...`; `prefix/images_left_out`, the number of images that could not be
@@ -59,18 +36,10 @@ def evaluate(
     Raises:
         ValueError: as `CocoScorer.add`.
     """
-    source, predict = data.eval, compiled_predict(part)
+    source = evaluation.data.eval
     scorer = CocoScorer(source.coco, source.ids)
-    steps = run_evaluation(
-        lambda batch: predict(params, model_state, batch),
-        data,
-        batch_size=batch_size,
-        mesh=mesh,
-        label=prefix,
-        progress=progress,
-    )
     with_masks = False
-    for batch, outputs in steps:
+    for batch, outputs in evaluation.run():
         about, outputs = to_host(({name: batch[name] for name in ("id", "mask", "scale", "original_size")}, outputs))
         with_masks = "masks" in outputs
         for row in np.flatnonzero(about["mask"] > 0):
@@ -79,13 +48,13 @@ def evaluate(
             scale, size = about["scale"][row], about["original_size"][row]
             results = paste.to_results(objects, source.ids[index], source.category_ids, scale, size)
             scorer.add(source.ids[index], results)
-            if panels_dir is not None and index < panels:
-                _write_panel(results, source, index, Path(panels_dir), with_masks)
+            if evaluation.panels_dir is not None and index < evaluation.panels:
+                _write_panel(results, source, index, Path(evaluation.panels_dir), with_masks)
     left_out = scorer.leave_out_missing()
     numbers = scorer.result(tuple(KINDS) if with_masks else ("box",))
     if left_out:
         numbers["images_left_out"] = float(left_out)
-    return {f"{prefix}/{name}": value for name, value in numbers.items()}
+    return evaluation.named(numbers)
 
 
 def _write_panel(results, source, index: int, folder: Path, with_masks: bool) -> None:

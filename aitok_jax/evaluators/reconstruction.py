@@ -7,68 +7,37 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from pycocotools import mask as coco_mask
 
 from aitok_jax import visualize
 from aitok_jax.evaluators.average_precision import CocoScorer
-from aitok_jax.evaluators.batches import run_evaluation, to_host
+from aitok_jax.evaluators.batches import Evaluation, to_host
 from aitok_jax.image import save_png
 from aitok_jax.tasks import paste
-from aitok_jax.tasks.base import compiled_predict
 
 CANVAS_GREY = 128
 
 
-def evaluate(
-    part: Any,
-    params: Any,
-    model_state: Any,
-    data: Any,
-    *,
-    batch_size: int,
-    prefix: str,
-    mesh: Mesh | None = None,
-    baseline: bool = False,
-    panels_dir: str | Path | None = None,
-    panels: int = 8,
-    progress: bool = True,
-) -> dict[str, float]:
+def evaluate(evaluation: Evaluation) -> dict[str, float]:
     """Measures how well the masks of `data.eval` survive the tokenizer.
 
     Each reconstructed crop is pasted back into its box, thresholded at 1/2 and scored 1 in the category of its
     annotation; AP is over all images of the ground truth, so that an annotated object without an example counts as a
-    miss. The result is the same for any batch size, mesh and number of hosts.
+    miss. There is no baseline without an image. Pictures are of the first images that have masks.
 
     Args:
-        part: has `predict`, whose output `instance` f32[B,S,S] in 0..1 is the crop after tokenizing and detokenizing.
-        params, model_state: what `part.predict` takes.
-        data: has `eval` and `eval_transform` for `pipeline.eval_batches`, whose batches hold `id` and `mask`.
-            `data.eval` has `source.coco` (pycocotools) and, for each example, `annotations` (COCO's entries) and
-            `boxes` [n,4] (x1 y1 x2 y2: the box, in pixels of the image, that the crop was cut at).
-        batch_size: masks a step, over all hosts.
-        prefix: first part of the metrics' names.
-        mesh: spreads the batches over its devices; None runs where `params` lie.
-        baseline: there is none without an image; ignored.
-        panels_dir: folder for pictures of the masks of the first `panels` images that have any, NAME.png.
-        progress: show a progress bar.
+        evaluation: the output of its `part`, `instance` f32[B,S,S] in 0..1, is the crop after tokenizing and
+            detokenizing. `data.eval` has `source.coco` (pycocotools) and, for each example, `annotations` (COCO's
+            entries) and `boxes` [n,4] (x1 y1 x2 y2: the box, in pixels of the image, that the crop was cut at).
     Returns:
         `prefix/mask_ap`, `prefix/boundary_ap` and the others of `CocoScorer.result`, and `prefix/mask_iou`, the mean
         over the examples of the IoU of a mask with its reconstruction.
     """
-    source, predict = data.eval, compiled_predict(part)
+    source = evaluation.data.eval
     coco = source.source.coco
     results = {image_id: [] for image_id in sorted(coco.imgs)}
     overlaps = []
-    steps = run_evaluation(
-        lambda batch: predict(params, model_state, batch),
-        data,
-        batch_size=batch_size,
-        mesh=mesh,
-        label=prefix,
-        progress=progress,
-    )
-    for batch, outputs in steps:
+    for batch, outputs in evaluation.run():
         rows = to_host({"id": batch["id"], "mask": batch["mask"], "instance": outputs["instance"]})
         for row in np.flatnonzero(rows["mask"] > 0):
             index = int(rows["id"][row])
@@ -76,13 +45,10 @@ def evaluate(
             result, overlap = _measure(rows["instance"][row], source.boxes[index], annotation, coco)
             results[annotation["image_id"]] += result
             overlaps.append(overlap)
-    scorer = CocoScorer(coco)
-    for image_id, its_results in results.items():
-        scorer.add(image_id, its_results)
-    if panels_dir is not None:
-        _write_panels(coco, results, Path(panels_dir), panels)
-    numbers = scorer.result(("mask", "boundary")) | {"mask_iou": float(np.mean(overlaps))}
-    return {f"{prefix}/{name}": value for name, value in numbers.items()}
+    scorer = CocoScorer.of(coco, [result for its_results in results.values() for result in its_results])
+    if evaluation.panels_dir is not None:
+        _write_panels(coco, results, Path(evaluation.panels_dir), evaluation.panels)
+    return evaluation.named(scorer.result(("mask", "boundary")) | {"mask_iou": float(np.mean(overlaps))})
 
 
 def _measure(crop_SS, box_4, annotation, coco) -> tuple[list[dict[str, Any]], float]:

@@ -1,4 +1,4 @@
-"""Vector quantizer: nearest code, straight-through gradient, EMA or learned codebook."""
+"""Vector quantizer: nearest code, straight-through gradient, EMA codebook."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Quantized:
     Attributes:
         z: f32[..., D] the codes' vectors, with the straight-through gradient.
         codes: int32[...] code indices.
-        loss: f32 scalar, commitment (and, for a learned codebook, codebook) loss.
+        loss: f32 scalar, commitment loss.
         perplexity: f32 scalar, exp of the entropy of the codes of this batch; at most K.
         usage: f32 scalar in 0..1, the share of the codebook chosen at least once in this batch.
     """
@@ -60,15 +60,13 @@ def ema_update(
 class Quantizer(nn.Module):
     """Nearest-code quantizer.
 
-    With `ema` the codebook lives in the collection `codebook` (embedding, cluster_size, ema_w) and moves by
-    `ema_update` in training. The sums run over the global batch, so that in data-parallel training every device holds
-    the same codebook; the published system updates each replica from its own part. Without `ema` the codebook is a
-    parameter.
+    The codebook lives in the collection `codebook` (embedding, cluster_size, ema_w) and moves by `ema_update` in
+    training. The sums run over the global batch, so that in data-parallel training every device holds the same
+    codebook; the published system updates each replica from its own part.
 
     Attributes:
         num_codes: K.
         code_dim: D.
-        ema: EMA codebook (the default of the paper) or a learned one.
         decay, epsilon: of the EMA.
         commitment_cost: weight of mse(sg[code], z).
         restart_threshold: codes whose EMA count falls below it are set to random encoder outputs of the batch; 0 turns
@@ -81,7 +79,6 @@ class Quantizer(nn.Module):
 
     num_codes: int
     code_dim: int
-    ema: bool = True
     decay: float = 0.99
     epsilon: float = 1e-5
     commitment_cost: float = 0.25
@@ -89,13 +86,9 @@ class Quantizer(nn.Module):
 
     def setup(self):
         shape = (self.num_codes, self.code_dim)
-        if self.ema:
-            self.embedding = self.variable("codebook", "embedding", self._normal, shape)
-            self.cluster_size = self.variable("codebook", "cluster_size", jnp.zeros, shape[:1])
-            self.ema_w = self.variable("codebook", "ema_w", self._normal, shape)
-        else:
-            k = self.num_codes
-            self.learned = self.param("embedding", jax.random.uniform, shape, jnp.float32, -1 / k, 1 / k)
+        self.embedding = self.variable("codebook", "embedding", self._normal, shape)
+        self.cluster_size = self.variable("codebook", "cluster_size", jnp.zeros, shape[:1])
+        self.ema_w = self.variable("codebook", "ema_w", self._normal, shape)
 
     def _normal(self, shape):
         return jax.random.normal(self.make_rng("params"), shape)
@@ -103,7 +96,7 @@ class Quantizer(nn.Module):
     @property
     def table(self) -> jax.Array:
         """f32[K, D], the codebook."""
-        return jnp.asarray(self.embedding.value if self.ema else self.learned)
+        return jnp.asarray(self.embedding.value)
 
     def lookup(self, codes: jax.Array) -> jax.Array:
         """int32[...] -> f32[..., D]."""
@@ -119,11 +112,9 @@ class Quantizer(nn.Module):
         codes = nearest_codes(z, self.table)
         quantized = self.lookup(codes)
         loss = self.commitment_cost * losses.mse(z, jax.lax.stop_gradient(quantized))
-        if not self.ema:
-            loss += losses.mse(quantized, jax.lax.stop_gradient(z))
         one_hot_NK = jax.nn.one_hot(codes.reshape(-1), self.num_codes)
         counts_K = one_hot_NK.sum(0)
-        if self.ema and train and not self.is_initializing():
+        if train and not self.is_initializing():
             self._learn(jax.lax.stop_gradient(z).reshape(-1, self.code_dim), one_hot_NK, counts_K)
         share_K = counts_K / jnp.sum(counts_K)
         return Quantized(
@@ -135,16 +126,14 @@ class Quantizer(nn.Module):
         )
 
     def open_step(self) -> None:
-        """Needs `pending` to be mutable. Does nothing for a learned codebook."""
-        if self.ema:
-            self.put_variable("pending", "counts", jnp.zeros(self.num_codes))
-            for name in ("sums", "picks") if self.restart_threshold > 0 else ("sums",):
-                self.put_variable("pending", name, jnp.zeros((self.num_codes, self.code_dim)))
+        """Needs `pending` to be mutable."""
+        self.put_variable("pending", "counts", jnp.zeros(self.num_codes))
+        for name in ("sums", "picks") if self.restart_threshold > 0 else ("sums",):
+            self.put_variable("pending", name, jnp.zeros((self.num_codes, self.code_dim)))
 
     def close_step(self) -> None:
         """Needs `codebook` to be mutable."""
-        if self.ema:
-            self._move(*(self.get_variable("pending", name) for name in ("counts", "sums", "picks")))
+        self._move(*(self.get_variable("pending", name) for name in ("counts", "sums", "picks")))
 
     def _learn(self, z_ND: jax.Array, one_hot_NK: jax.Array, counts_K: jax.Array) -> None:
         sums_KD = jnp.einsum("nk,nd->kd", one_hot_NK, z_ND, precision="highest")

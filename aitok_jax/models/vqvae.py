@@ -26,7 +26,6 @@ class Layout:
     hidden: int
     downsample: int
     num_res_blocks: int
-    batch_norm: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -41,7 +40,6 @@ class Conv(nn.Module):
     features: int
     convolve: Callable[[jax.Array, jax.Array], jax.Array]
     layout: Layout
-    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
@@ -49,8 +47,6 @@ class Conv(nn.Module):
         shape = (size, size, x_BHWC.shape[-1], self.features)
         kernel = self.param("kernel", _fan_in_uniform, shape, self.layout.param_dtype)
         y = self.convolve(x_BHWC.astype(self.layout.dtype), kernel.astype(self.layout.dtype))
-        if not self.use_bias:
-            return y
         bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.layout.param_dtype)
         return y + bias_F.astype(self.layout.dtype).reshape(1, 1, 1, -1)
 
@@ -61,23 +57,16 @@ def _fan_in_uniform(key, shape, dtype=jnp.float32):
 
 
 class ResidualBlock(nn.Module):
-    """conv3×3 → ReLU → conv3×3 → ReLU → conv1×1, plus the input; or the batch-norm kind of the published code."""
+    """conv3×3 → ReLU → conv3×3 → ReLU → conv1×1, plus the input."""
 
     features: int
     layout: Layout
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        def layer(convolve, index, use_bias=True):
-            return Conv(self.features, convolve, self.layout, use_bias, name=f"net_{index}")
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def layer(convolve, index):
+            return Conv(self.features, convolve, self.layout, name=f"net_{index}")
 
-        def norm(index):
-            dtypes = {"dtype": self.layout.dtype, "param_dtype": self.layout.param_dtype}
-            return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, **dtypes, name=f"net_{index}")
-
-        if self.layout.batch_norm:
-            y = nn.relu(norm(1)(layer(conv.same, 0, use_bias=False)(x)))
-            return nn.relu(x + norm(4)(layer(conv.same, 3, use_bias=False)(y)))
         y = nn.relu(layer(conv.same, 0)(x))
         y = nn.relu(layer(conv.same, 2)(y))
         return x + layer(conv.point, 4)(y)
@@ -90,13 +79,13 @@ class Encoder(nn.Module):
     code_dim: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         layout = self.layout
         for i in range(layout.stages):
             x = nn.relu(Conv(layout.hidden * 2**i, conv.down, layout, name=f"layers_{2 * i}")(x))
         top = 2 * layout.stages
         for i in range(layout.num_res_blocks):
-            x = ResidualBlock(x.shape[-1], layout, name=f"layers_{top + i}")(x, train)
+            x = ResidualBlock(x.shape[-1], layout, name=f"layers_{top + i}")(x)
         last = f"layers_{top + layout.num_res_blocks}"
         return Conv(self.code_dim, conv.point, layout, name=last)(x).astype(jnp.float32)
 
@@ -108,11 +97,11 @@ class Decoder(nn.Module):
     channels: int
 
     @nn.compact
-    def __call__(self, z: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, z: jax.Array) -> jax.Array:
         layout, widest = self.layout, self.layout.hidden * self.layout.downsample // 2
         x = nn.relu(Conv(widest, conv.point, layout, name="layers_0")(z))
         for i in range(layout.num_res_blocks):
-            x = ResidualBlock(widest, layout, name=f"layers_{2 + i}")(x, train)
+            x = ResidualBlock(widest, layout, name=f"layers_{2 + i}")(x)
         top = 2 + layout.num_res_blocks
         for i in range(layout.stages):
             x = nn.relu(Conv(widest // 2**i, conv.up, layout, name=f"layers_{top + 2 * i}")(x))
@@ -143,8 +132,7 @@ class VQVAE(nn.Module):
             `silog` does not clip, as published: it is not finite where the output falls to 0 or below.
         use_norm: the network sees 2(x/max_value − ½), and its output y means max_value(y/2 + ½).
         soft_temperature: τ, multiplies the logits of soft tokens in `decode_soft`.
-        residual: 'conv' or 'batch_norm'.
-        ema, decay, epsilon, commitment_cost, restart_threshold: see `Quantizer`.
+        decay, epsilon, commitment_cost, restart_threshold: see `Quantizer`.
     """
 
     hidden: int = 16
@@ -157,8 +145,6 @@ class VQVAE(nn.Module):
     use_norm: bool = False
     max_value: float = 10.0
     soft_temperature: float = 0.8
-    residual: str = "conv"
-    ema: bool = True
     decay: float = 0.99
     epsilon: float = 1e-5
     commitment_cost: float = 0.25
@@ -167,8 +153,8 @@ class VQVAE(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
-        _check_option("objective", self.objective, OBJECTIVES)
-        _check_option("residual", self.residual, ("conv", "batch_norm"))
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}")
         if self.use_norm and self.objective in ("mse_ignore_zero", "silog"):
             raise ValueError(f"objective={self.objective!r} finds missing pixels by their 0: set use_norm=False")
         if self.downsample < 2 or self.downsample & (self.downsample - 1):
@@ -180,7 +166,6 @@ class VQVAE(nn.Module):
             hidden=self.hidden,
             downsample=self.downsample,
             num_res_blocks=self.num_res_blocks,
-            batch_norm=self.residual == "batch_norm",
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
@@ -188,7 +173,6 @@ class VQVAE(nn.Module):
         self.quantizer = Quantizer(
             num_codes=self.num_codes,
             code_dim=self.code_dim,
-            ema=self.ema,
             decay=self.decay,
             epsilon=self.epsilon,
             commitment_cost=self.commitment_cost,
@@ -199,10 +183,10 @@ class VQVAE(nn.Module):
         """Rows and columns of tokens of a map of this size."""
         return token_grid(height, width, self.downsample)
 
-    def encode_features(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def encode_features(self, x: jax.Array) -> jax.Array:
         """[B,H,W,C] in the map's units (int[B,H,W] labels for `cross_entropy`) -> f32[B,h,w,D] before quantizing."""
         self.grid(*x.shape[1:3])
-        return self.encoder(self._normalize(x), train)
+        return self.encoder(self._normalize(x))
 
     def encode(self, x: jax.Array) -> jax.Array:
         """[B,H,W,C] in the map's units -> int32[B,h,w] codes."""
@@ -224,10 +208,10 @@ class VQVAE(nn.Module):
     def __call__(self, x: jax.Array, target: jax.Array | None = None, train: bool = False) -> Reconstruction:
         """Reconstructs x [B,H,W,C]; the loss is taken against `target` (x itself where None), in the network's space.
 
-        In training the EMA codebook moves: pass mutable=['codebook', 'batch_stats'].
+        In training the EMA codebook moves: pass mutable=['codebook'].
         """
-        quantized = self.quantizer(self.encode_features(x, train), train)
-        output = self.decoder(quantized.z, train)
+        quantized = self.quantizer(self.encode_features(x), train)
+        output = self.decoder(quantized.z)
         target = x if target is None else target
         if self.objective == CLASSIFICATION:
             reconstruction = losses.cross_entropy(output, target)
@@ -270,8 +254,3 @@ def token_grid(height: int, width: int, downsample: int) -> tuple[int, int]:
     if height % downsample or width % downsample:
         raise ValueError(f"a map of {height}×{width} must be a multiple of downsample={downsample} in both directions")
     return height // downsample, width // downsample
-
-
-def _check_option(name: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(valid)}")

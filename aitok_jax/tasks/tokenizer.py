@@ -15,7 +15,7 @@ from aitok_jax.tasks.base import Batch, Tree
 from aitok_jax.tasks.modalities import Modality
 
 MASK_OBJECTIVES = ("mse", "l1", "smooth_l1")
-MUTABLE = ["codebook", "batch_stats", "pending"]
+MUTABLE = ["codebook", "pending"]
 
 
 @dataclasses.dataclass(frozen=True)
