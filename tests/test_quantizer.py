@@ -91,23 +91,6 @@ def test_straight_through_gradient(z, codebook):
     np.testing.assert_allclose(jax.grad(lambda z: apply(z).loss)(z), pull, rtol=1e-4, atol=1e-8)
 
 
-def test_learned_codebook(z):
-    quantizer = Quantizer(K, D, ema=False)
-    variables = quantizer.init(jax.random.key(0), z)
-    assert set(variables) == {"params"}
-    embedding = np.asarray(variables["params"]["embedding"])
-    assert 0.8 / K < np.abs(embedding).max() <= 1 / K
-    assert embedding.min() < 0 < embedding.max()
-    value = jax.value_and_grad(lambda v, z: quantizer.apply(v, z, train=True).loss, (0, 1))
-    loss, (gradient, pull) = value(variables, z)
-    codes = nearest(z, embedding)
-    error = embedding[codes] - z
-    np.testing.assert_allclose(loss, 1.25 * np.square(error).mean(), rtol=1e-5)
-    np.testing.assert_allclose(pull, -0.25 * 2 * error / z.size, rtol=1e-4, atol=1e-8)  # only the commitment moves z
-    by_hand = np.stack([2 * error[codes == k].sum(0) / z.size for k in range(K)])  # only the other term moves codes
-    np.testing.assert_allclose(gradient["params"]["embedding"], by_hand, rtol=1e-4, atol=1e-6)
-
-
 def test_soft_lookup_is_an_expectation(codebook):
     quantizer = Quantizer(K, D)
     probabilities = np.random.default_rng(3).dirichlet(np.ones(K), (2, 5)).astype(np.float32)

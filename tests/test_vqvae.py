@@ -130,18 +130,6 @@ def test_every_objective_trains(objective, depth):
     assert np.mean(values[-3:]) < 0.9 * np.mean(values[:3]), values
 
 
-def test_batch_norm_and_learned_codebook_train(depth):
-    model = VQVAE(**SMALLEST | {"num_res_blocks": 1}, residual="batch_norm", ema=False)
-    values, after = trained(model, depth)
-    assert set(after) == {"params", "batch_stats"}
-    assert np.isfinite(values).all()
-    assert np.mean(values[-3:]) < 0.9 * np.mean(values[:3]), values
-    before = model.init(jax.random.key(0), depth)
-    for name in ("batch_stats", "params"):
-        changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), after[name], before[name])
-        assert all(jax.tree.leaves(changed)), changed
-
-
 def test_classification_ignores_missing_labels_and_decodes_to_labels(depth):
     model = VQVAE(**SMALLEST, objective="cross_entropy", channels=3)
     labels = np.where(depth > 0, depth > 4, -1)[..., 0].astype(np.int32)
@@ -208,7 +196,6 @@ def test_bfloat16_computes_close_and_returns_float32(depth):
         ({"downsample": 12}, "downsample=12 .* power of two"),
         ({"downsample": 1}, "downsample=1 "),
         ({"objective": "l2"}, "objective='l2' .* mse_ignore_zero"),
-        ({"residual": "bn"}, "residual='bn' .* batch_norm"),
     ],
 )
 def test_wrong_options(fields, message):
