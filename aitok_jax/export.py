@@ -13,8 +13,6 @@ flatbuffers:
 JAX promises that releases of the next six months run such a program.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

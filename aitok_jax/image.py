@@ -1,7 +1,5 @@
 """Images: the one reader of files, scaling, the square that models of objects see, and PNGs."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -9,8 +9,6 @@
 NumPy goes in and comes out; in between the arrays are on JAX's default device.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -1,7 +1,5 @@
 """Pictures of maps and objects as arrays, made with matplotlib's Agg canvas and without its global state."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath

@@ -226,16 +226,9 @@ def bad_boxes(boxes: np.ndarray, count: int, height: int, width: int, rng: np.ra
     return _clipped(np.concatenate([centres - halves, centres + halves], axis=1), height, width)
 
 
-def crop_masks(
-    masks: np.ndarray,
-    boxes: np.ndarray,
-    indices: np.ndarray,
-    size: int,
-    rows: np.ndarray | None = None,
-    columns: np.ndarray | None = None,
-) -> np.ndarray:
-    """uint8[n,size,size]: `roi_align`, binarised at 1/2."""
-    return (roi_align(masks, boxes, indices, size, rows, columns) >= 0.5).astype(np.uint8)
+def crop_masks(*args: np.ndarray | int) -> np.ndarray:
+    """uint8[n,size,size]: `roi_align`, whose arguments it takes, binarised at 1/2."""
+    return (roi_align(*args) >= 0.5).astype(np.uint8)
 
 
 def roi_align(

@@ -1,7 +1,5 @@
 """Evaluation of a part on a whole data set: flat names to numbers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from aitok_jax.evaluators import maps, objects, reconstruction

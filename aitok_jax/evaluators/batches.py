@@ -1,7 +1,5 @@
 """What every evaluator needs: running a step over all batches, on any number of devices and hosts, and averaging."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path

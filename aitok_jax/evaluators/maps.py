@@ -1,7 +1,5 @@
 """Evaluation of dense maps: a modality's metrics per image, averaged over the data set."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Metrics of any dense map, per image, as pure functions in float32."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -1,7 +1,5 @@
 """Evaluation of objects: box, mask and boundary AP with pycocotools."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import jax

@@ -1,7 +1,5 @@
 """Evaluation of a mask tokenizer: every ground-truth mask to tokens and back, measured as AP."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

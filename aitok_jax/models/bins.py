@@ -1,7 +1,5 @@
 """The comparison tokenizer of the paper's appendix B: down-sampling and uniform bins, with the interface of `VQVAE`."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

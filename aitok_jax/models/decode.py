@@ -1,7 +1,5 @@
 """Decoding: one `lax.scan` over the steps with a key/value cache, or one pass if parallel."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

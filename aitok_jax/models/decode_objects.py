@@ -1,7 +1,5 @@
 """Decoding of object sequences: one compiled loop over objects, every slot within its window."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.struct

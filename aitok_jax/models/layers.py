@@ -1,7 +1,5 @@
 """What backbone and transformer are both made of."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Losses as pure functions; all of them compute in float32 and return a float32 scalar."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import optax

@@ -1,7 +1,5 @@
 """Vector quantizer: nearest code, straight-through gradient, EMA codebook."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import flax.struct
 import jax

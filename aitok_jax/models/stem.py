@@ -3,8 +3,6 @@
 A small backbone trained on little data learns several times faster with it ("Early convolutions", arXiv 2106.14881).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import flax.linen as nn

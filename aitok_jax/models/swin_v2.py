@@ -1,7 +1,5 @@
 """Swin-V2 backbone, as published for AiT (its "SwinV2TransformerRPE2FC")."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

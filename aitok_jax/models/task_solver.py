@@ -1,7 +1,5 @@
 """The task solver: Swin-V2 backbone and token transformer (arXiv 2301.02229)."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 

@@ -1,7 +1,5 @@
 """The solver's encoder–decoder over one flat vocabulary, with an explicit key/value cache."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
 """The VQ-VAE of all tokenizers: dense maps and instance masks to a grid of codes and back."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

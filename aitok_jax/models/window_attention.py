@@ -1,7 +1,5 @@
 """Cosine attention inside windows with a log-spaced continuous position bias, as published for AiT ("RPE-2FC")."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -13,8 +13,6 @@ Two images of one NAME are refused. An image that cannot be read is reported, th
 exit code is 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,11 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed: list[Path] = []
     with tqdm(total=len(stems), unit="image", disable=len(stems) == 1) as bar:
         for images in _read(list(stems), predictor.parts[task].kind, options.batch_size, failed, bar):
-            targets = [Path(options.out) / stems[path] for path in images]
-            Path(options.out).mkdir(parents=True, exist_ok=True)
-            titles = [path.name for path in images]
-            write = outputs.write_maps if predictor.parts[task].kind == "maps" else outputs.write_objects
-            write(predictor, task, list(images.values()), targets, titles, options)
+            outputs.write(predictor, task, images, stems, options)
             bar.update(len(images))
     if failed:
         print(f"{len(failed)} of {len(stems)} images failed: {', '.join(map(str, failed))}", file=sys.stderr)

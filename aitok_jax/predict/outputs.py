@@ -1,13 +1,10 @@
 """What the command line of the predictor reads and writes: which images, under which names, in which files."""
 
-from __future__ import annotations
-
 import argparse
 import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -63,53 +60,48 @@ def name_results(files: Sequence[Path]) -> dict[Path, str]:
     return stems
 
 
-def write_maps(
+def write(
     predictor: Predictor,
     task: str,
-    images: list[np.ndarray],
-    targets: list[Path],
-    titles: list[str],
+    images: Mapping[Path, np.ndarray],
+    stems: Mapping[Path, str],
     options: argparse.Namespace,
 ) -> None:
-    """Predicts a map of the images and writes it as TARGET_...; see `predict.__main__`."""
-    modality = predictor.parts[task].modality
-    results = predictor(images, task, augment=options.augment, batch_size=options.batch_size)
-    for image, maps, target, title in zip(images, results, targets, titles, strict=True):
-        map_, confidence = maps[task], maps["confidence"]
-        modality.write(target, map_)
-        np.save(f"{target}_confidence.npy", confidence)
-        if options.ply_fov is not None:
-            pointcloud.write_ply(f"{target}_points.ply", image, modality.distance(map_), options.ply_fov)
-        small, step = _for_panel(image)
-        shown = {"prediction": map_[::step, ::step], "confidence": confidence[::step, ::step]}
-        save_png(f"{target}_panel.png", visualize.map_panel(modality, small, **shown, title=title))
-
-
-def write_objects(
-    predictor: Predictor,
-    task: str,
-    images: list[np.ndarray],
-    targets: list[Path],
-    titles: list[str],
-    options: argparse.Namespace,
-) -> None:
-    """Predicts the objects of the images and writes them as TARGET_...; see `predict.__main__`."""
-    names = [target.name for target in targets]
-    found = predictor.coco_results(images, task, image_id=names, batch_size=options.batch_size)
-    for image, results, target, title in zip(images, found, targets, titles, strict=True):
-        Path(f"{target}_instances.json").write_text(json.dumps(results))
-        shown = [result for result in results if result["score"] >= options.min_score]
-        panel = _objects_panel(image, shown, predictor.categories, title)
+    """Predicts images of files and writes OUT/NAME_..., NAME as `stems` has it; see `predict.__main__`."""
+    arrays, names = list(images.values()), [stems[path] for path in images]
+    if predictor.parts[task].kind == "maps":
+        results = predictor(arrays, task, augment=options.augment, batch_size=options.batch_size)
+        write_one = _write_map
+    else:
+        results = predictor.coco_results(arrays, task, image_id=names, batch_size=options.batch_size)
+        write_one = _write_objects
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    for path, name, result in zip(images, names, results, strict=True):
+        target = Path(options.out) / name
+        panel = write_one(predictor, task, images[path], result, target, path.name, options)
         save_png(f"{target}_panel.png", panel)
 
 
-def _objects_panel(
-    image: np.ndarray, shown: list[dict[str, Any]], categories: Sequence[Mapping[str, Any]], title: str
-) -> np.ndarray:
+def _write_map(predictor, task, image, maps, target, title, options) -> np.ndarray:
+    """Writes a map as TARGET_... and returns its panel."""
+    modality, map_, confidence = predictor.parts[task].modality, maps[task], maps["confidence"]
+    modality.write(target, map_)
+    np.save(f"{target}_confidence.npy", confidence)
+    if options.ply_fov is not None:
+        pointcloud.write_ply(f"{target}_points.ply", image, modality.distance(map_), options.ply_fov)
     small, step = _for_panel(image)
-    objects = paste.from_results(shown, [category["id"] for category in categories], step)
+    shown = {"prediction": map_[::step, ::step], "confidence": confidence[::step, ::step]}
+    return visualize.map_panel(modality, small, **shown, title=title)
+
+
+def _write_objects(predictor, task, image, results, target, title, options) -> np.ndarray:
+    """Writes objects as TARGET_... and returns their panel."""
+    Path(f"{target}_instances.json").write_text(json.dumps(results))
+    small, step = _for_panel(image)
+    shown = [result for result in results if result["score"] >= options.min_score]
+    objects = paste.from_results(shown, [category["id"] for category in predictor.categories], step)
     parts = (objects.get(name) for name in ("boxes", "classes", "scores", "masks"))
-    return visualize.objects_panel(small, *parts, [category["name"] for category in categories], title=title)
+    return visualize.objects_panel(small, *parts, [category["name"] for category in predictor.categories], title=title)
 
 
 def _for_panel(image: np.ndarray) -> tuple[np.ndarray, int]:

@@ -1,7 +1,5 @@
 """Depth maps as coloured point clouds, for a pinhole camera that looks straight through the middle of the image."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The scale at which a model sees an image, and enlarged views of it for test-time augmentation."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

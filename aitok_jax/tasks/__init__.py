@@ -1,7 +1,5 @@
 """What the loop trains and the predictor runs: a task is made of parts; a dense map is one file of `modalities`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 Batches, metrics and data are by part, `{part: batch}`, also where there is only one.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol

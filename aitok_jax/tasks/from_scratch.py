@@ -8,8 +8,6 @@
   the image at all; this teaches the encoder meanwhile.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.linen as nn

@@ -1,7 +1,5 @@
 """A dense map from one image as a sequence of tokens (arXiv 2301.02229), of any modality."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Objects of an image as a sequence of tokens: instance segmentation and detection (arXiv 2301.02229)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -163,7 +161,8 @@ class ObjectsPart:
     def _mask_loss(self, model_state, logits_BNmV, real_BN, crops_BNSS) -> jax.Array:
         """Dice + mse of the softly detokenized masks of real objects, averaged over them; 0 where there are none."""
         n = min(self.aux_objects, real_BN.shape[1])
-        soft = self.decode_soft(model_state, logits_BNmV[:, :n, :, self.vocabulary.codes_of("mask").slice])
+        logits_BNmK = logits_BNmV[:, :n, :, self.vocabulary.codes_of("mask").slice]
+        soft = self.decode_masks(model_state, "decode_soft", logits_BNmK)
         soft = soft.reshape(-1, self.mask_size, self.mask_size)
         crops, real = crops_BNSS[:, :n].reshape(soft.shape), real_BN[:, :n].reshape(-1)
         each = losses.dice(soft, crops) + jnp.mean(jnp.square(soft - crops), (1, 2))
@@ -180,18 +179,10 @@ class ObjectsPart:
         codes = self._tokenizer(model_state, "encode", crops_BNSS.reshape(b * n, size, size, 1))
         return codes.reshape(b, n, -1)
 
-    def decode_soft(self, model_state: Tree, logits_BNmK: jax.Array) -> jax.Array:
-        """Logits of the mask codes -> f32[B,N,S,S] masks, about 0..1."""
-        b, n, _, k = logits_BNmK.shape
-        grid = self.mask_size // self.tokenizer.downsample
-        masks = self._tokenizer(model_state, "decode_soft", logits_BNmK.reshape(b * n, grid, grid, k))
-        return masks.reshape(b, n, self.mask_size, self.mask_size)
-
-    def decode_hard(self, model_state: Tree, codes_BNm: jax.Array) -> jax.Array:
-        """Mask codes counted from 0 -> f32[B,N,S,S] masks, about 0..1."""
-        b, n, _ = codes_BNm.shape
-        grid = self.mask_size // self.tokenizer.downsample
-        masks = self._tokenizer(model_state, "decode", codes_BNm.reshape(b * n, grid, grid))
+    def decode_masks(self, model_state: Tree, method: str, x_BNm: jax.Array) -> jax.Array:
+        """Codes counted from 0 ('decode') or their logits [B,N,m,K] ('decode_soft') -> f32[B,N,S,S], about 0..1."""
+        b, n, grid = *x_BNm.shape[:2], self.mask_size // self.tokenizer.downsample
+        masks = self._tokenizer(model_state, method, x_BNm.reshape(b * n, grid, grid, *x_BNm.shape[3:]))
         return masks.reshape(b, n, self.mask_size, self.mask_size)
 
     def predict(self, params: Tree, model_state: Tree, batch: Batch) -> dict[str, jax.Array]:
@@ -220,10 +211,10 @@ class ObjectsPart:
             "valid": self._before_exit(decoded.noise),
         }
         if self.mask_tokens and self.soft_detokenize:
-            outputs["masks"] = self.decode_soft(model_state, decoded.mask_logits)
+            outputs["masks"] = self.decode_masks(model_state, "decode_soft", decoded.mask_logits)
         elif self.mask_tokens:
             codes = jnp.maximum(tokens_BNL[..., slot + 1 :] - vocabulary.codes_of("mask").start, 0)
-            outputs["masks"] = self.decode_hard(model_state, codes)
+            outputs["masks"] = self.decode_masks(model_state, "decode", codes)
         return outputs
 
     def _before_exit(self, noise_BN: jax.Array) -> jax.Array:

@@ -1,7 +1,5 @@
 """Predicted objects back on the image: masks pasted into their boxes, and COCO results. NumPy."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

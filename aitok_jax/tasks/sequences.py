@@ -1,7 +1,5 @@
 """Objects as token sequences: what the solver reads and is to say (arXiv 2301.02229, task solver)."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -4,8 +4,6 @@ Images of all parts go through backbone and encoder together, as one batch of on
 sequence, so that the short ones are not padded. Each part's loss is normalised and weighted by itself.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol

@@ -1,7 +1,5 @@
 """The token vocabulary, one flat table (arXiv 2301.02229, task solver): the only place that knows an offset."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 

@@ -3,8 +3,6 @@
 The published system predicts 480x640 images as two squares of 480, at columns 0 and 160, and their mirror images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import jax

@@ -2,11 +2,12 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -47,41 +48,44 @@ def merge(target: Mapping, source: Mapping, prefix: str = "") -> tuple[dict, Mer
     Raises:
       ValueError: `target` has no such subtree, nothing was used, or shapes differ.
     """
-    names = prefix.split("/") if prefix else []
-    if _lookup(target, names) is None:
-        raise ValueError(f"start_from: the state has no {prefix!r}; it has {', '.join(sorted(_top_paths(target)))}")
-    found = _lookup(source, names)
-    source = source if found is None else found
-    used, unused, missing = [], [], []
-
-    def take(old: Any, new: Any, path: str) -> Any:
-        if isinstance(old, Mapping) and (new is None or isinstance(new, Mapping)):
-            new = {} if new is None else new
-            unused.extend(f"{path}/{p}" for k in new if k not in old for p in _leaf_paths(new[k], k))
-            return {k: take(v, new.get(k), f"{path}/{k}") for k, v in old.items()}
-        if new is None:
-            missing.append(path)
-            return old
-        if path.rsplit("/", 1)[-1] in VOCABULARY_TABLES and _is_longer(old, new):
-            used.append(path)
-            return np.concatenate([np.asarray(new, old.dtype), _on_host(old)[len(new) :]])
-        if isinstance(old, Mapping) or isinstance(new, Mapping) or tuple(old.shape) != tuple(new.shape):
-            raise ValueError(f"start_from: {path.strip('/')} is {_kind(new)} in the source but {_kind(old)} here")
-        used.append(path)
-        return new.astype(old.dtype)
-
-    def descend(tree: Any, rest: list[str]) -> Any:
-        if not rest:
-            return take(tree, source, prefix)
-        return {k: descend(v, rest[1:]) if k == rest[0] else v for k, v in tree.items()}
-
-    merged = descend(target, names)
+    new = flatten_dict(target, sep="/", keep_empty_nodes=True)
+    own = [path for path, leaf in _arrays(new) if _inside(path, prefix)]
+    if not own:
+        raise ValueError(f"start_from: the state has no {prefix!r}; it has {_summary(new)}")
+    theirs = dict(_arrays(flatten_dict(source, sep="/")))
+    if not any(_inside(path, prefix) for path in theirs):
+        theirs = {f"{prefix}/{path}": leaf for path, leaf in theirs.items()}
+    used = [path for path in own if path in theirs]
     if not used:
         raise ValueError(
-            f"start_from: nothing of the source fits {prefix!r}; the source has {sorted(_top_paths(source))}, "
-            f"the state {sorted(_top_paths(_lookup(target, names)))}"
+            f"start_from: nothing of the source fits {prefix!r}; the source has {_summary(theirs)}, the state "
+            f"{_summary(own)}"
         )
-    return merged, MergeReport(*(tuple(sorted(p.strip("/") for p in paths)) for paths in (used, unused, missing)))
+    for path in used:
+        new[path] = _taken(path, new[path], theirs[path])
+    unused = sorted(path for path in theirs if _inside(path, prefix) and path not in own)
+    missing = sorted(path for path in own if path not in theirs)
+    return unflatten_dict(new, sep="/"), MergeReport(tuple(sorted(used)), tuple(unused), tuple(missing))
+
+
+def _taken(path: str, old: Any, new: Any) -> Any:
+    if path.rsplit("/", 1)[-1] in VOCABULARY_TABLES and len(old) > len(new) and old.shape[1:] == new.shape[1:]:
+        return np.concatenate([np.asarray(new, old.dtype), _on_host(old)[len(new) :]])
+    if tuple(old.shape) != tuple(new.shape):
+        raise ValueError(f"start_from: {path} is of shape {new.shape} in the source but of shape {old.shape} here")
+    return new.astype(old.dtype)
+
+
+def _arrays(flat: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return ((path, leaf) for path, leaf in flat.items() if leaf is not empty_node)
+
+
+def _inside(path: str, prefix: str) -> bool:
+    return not prefix or path == prefix or path.startswith(f"{prefix}/")
+
+
+def _summary(paths: Iterable[str]) -> str:
+    return ", ".join(sorted({"/".join(path.split("/")[:2]) for path in paths})) or "nothing"
 
 
 def start_from(variables: dict, config: ConfigDict) -> dict:
@@ -110,27 +114,3 @@ def _on_host(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
-
-
-def _is_longer(old: Any, new: Any) -> bool:
-    return len(old) > len(new) and old.shape[1:] == new.shape[1:]
-
-
-def _lookup(tree: Any, names: list[str]) -> Any:
-    for name in names:
-        tree = tree.get(name) if isinstance(tree, Mapping) else None
-    return tree
-
-
-def _leaf_paths(tree: Any, path: str) -> list[str]:
-    if not isinstance(tree, Mapping):
-        return [path]
-    return [p for key, value in tree.items() for p in _leaf_paths(value, f"{path}/{key}")]
-
-
-def _top_paths(tree: Any) -> set[str]:
-    return {"/".join(path.split("/")[1:3]) for path in _leaf_paths(tree, "")}
-
-
-def _kind(value: Any) -> str:
-    return "a group of parameters" if isinstance(value, Mapping) else f"of shape {tuple(value.shape)}"

@@ -1,7 +1,5 @@
 """Depth along the camera's axis in metres, float32[H,W], 0 where there is no annotation (arXiv 2301.02229, VQ-VAE)."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 from collections.abc import Sequence

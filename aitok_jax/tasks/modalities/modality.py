@@ -1,7 +1,5 @@
 """The contract of a dense map: all that tokenizer, solver, data, evaluation, prediction and export need of it."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence

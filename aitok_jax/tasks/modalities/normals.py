@@ -3,8 +3,6 @@
 They point out of the surface, towards the camera. All zero where there is no annotation.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 from collections.abc import Sequence
