@@ -164,12 +164,10 @@ def test_parts_that_were_not_published_go_along():
     same(converted, variables)
 
 
-def test_batch_norm_was_not_published():
-    task = {"name": "depth_tokenizer", "image_size": 16, "mask_ratio": 0.0}
-    task["tokenizer"] = {"hidden": 2, "downsample": 2, "num_codes": 4, "code_dim": 2, "residual": "batch_norm"}
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), published.shapes(tasks.build(task)))
+def test_batch_norm_was_not_published(variables):
+    with_statistics = {**variables["model_state"], "batch_stats": {"norm": {"mean": np.zeros(2)}}}
     with pytest.raises(ValueError, match="batch norm"):
-        published.state_dict(zeros, ConfigDict({"task": task}))
+        published.state_dict({**variables, "model_state": with_statistics}, CONFIG)
 
 
 def test_a_directory_with_checkpoints_is_not_touched(state_dict, tmp_path):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published
 import pytest
 
 from aitok_jax.convert import rules
@@ -19,6 +20,7 @@ from aitok_jax.convert import rules
         ("backbone.layers.0.downsample.reduction.weight", "params/backbone/layers_0/downsample/reduction/kernel"),
         ("transformer.encoder.blocks.5.attn.wq.weight", "params/transformer/encoder/blocks_5/attn/wq/kernel"),
         ("transformer.stem_ln.weight", "params/transformer/stem_ln/scale"),
+        ("module.transformer.norm.weight", "params/transformer/norm/scale"),
         ("transformer.det_embed", "params/transformer/task_embed"),
         ("module.transformer.voc_embed", "params/transformer/voc_embed"),
         ("encoder.4.net.2.weight", "params/encoder/layers_4/net_2/kernel"),
@@ -50,12 +52,6 @@ def test_locate(name, path):
 )
 def test_derived_tables_have_no_counterpart(name):
     assert rules.locate(name) is None
-
-
-def test_to_ours():
-    assert rules.to_ours("module.transformer.norm.weight") == "transformer/norm/scale"
-    with pytest.raises(ValueError, match=r"depth_head\.vqvae\.encoder\.0\.bias is not a trained parameter"):
-        rules.to_ours("depth_head.vqvae.encoder.0.bias")
 
 
 def layout(name, array):
@@ -100,7 +96,7 @@ def test_tables_lose_their_axes_of_length_one():
 
 
 def test_from_state_dict():
-    tree = rules.from_state_dict(
+    tree = published.from_state_dict(
         {
             "module.transformer.proj.weight": np.ones((5, 3)),
             "module.transformer.enc_embed": np.ones((1, 2, 2, 4)),

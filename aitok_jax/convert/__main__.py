@@ -12,8 +12,6 @@ The second takes a run directory, or one that the first has written. FILE is .sa
 installed: {"weights": ...} of a tokenizer, {"state_dict": ...} of a solver.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

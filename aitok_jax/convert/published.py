@@ -1,7 +1,5 @@
 """State dicts of the published models to the variables of our tasks, and back."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from aitok_jax import tasks
@@ -75,7 +74,7 @@ def convert(state_dict: Mapping[str, np.ndarray], config: ConfigDict) -> tuple[d
     Raises:
       ValueError: shapes or kinds of number that differ, two names of one parameter, or nothing that fits.
     """
-    target = _flatten(shapes(tasks.build(config.task)))
+    target = flatten_dict(shapes(tasks.build(config.task)))
     found = {name: path for name, path in _located(state_dict).items() if path in target}
     if not found:
         raise ValueError(
@@ -86,10 +85,9 @@ def convert(state_dict: Mapping[str, np.ndarray], config: ConfigDict) -> tuple[d
         target = {path: leaf for path, leaf in target.items() if path[:2] == BACKBONE}
         config = _backbone_config(config)
     _check(state_dict, found, target)
-    variables: dict = {"params": {}, "model_state": {}}
-    for name, path in found.items():
-        array = rules.to_layout(path, state_dict[name])
-        _insert(variables, path, np.array(array, target[path].dtype, order="C"))
+    arrays = {path: rules.to_layout(path, state_dict[name]) for name, path in found.items()}
+    arrays = {path: np.array(array, target[path].dtype, order="C") for path, array in arrays.items()}
+    variables = {"params": {}, "model_state": {}} | unflatten_dict(arrays)
     return variables, config, _report(state_dict, found, target)
 
 
@@ -153,7 +151,7 @@ def state_dict(variables: Mapping[str, Any], config: ConfigDict) -> dict[str, np
       ValueError: batch norm or a learned codebook, which were not published.
     """
     named = {}
-    for path, array in _flatten(variables).items():
+    for path, array in flatten_dict(variables).items():
         named[rules.publish(path)] = np.ascontiguousarray(rules.from_layout(path, np.asarray(array)))
     if config.task.name == "backbone":
         return named | relative_tables(build_dataclass(SwinV2, config.task.backbone))
@@ -205,16 +203,3 @@ def _loss_weights(part: Any) -> np.ndarray:
     weights[vocabulary.classes.start : vocabulary.noise + 1] = part.class_weight
     weights[vocabulary.codes_of("mask").slice] = part.mask_weight
     return weights
-
-
-def _flatten(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, (*path, key)) if isinstance(value, Mapping) else {(*path, key): value}
-    return flat
-
-
-def _insert(tree: dict, path: tuple[str, ...], value: np.ndarray) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value

@@ -6,10 +6,8 @@ configuration (relative positions, sine positions, class weights) and the copies
 have no counterpart; `derived` makes them.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -39,14 +37,6 @@ def locate(name: str) -> tuple[str, ...] | None:
     if match := _TOKENIZER.match(name):
         return ("model_state", _TOKENIZER_NAMES[match[1]], *_locate_leaf(name[match.end() :]))
     return _locate_leaf(name)
-
-
-def to_ours(name: str) -> str:
-    """A published name of a trained parameter -> our '/'-joined path inside `params`."""
-    root, *path = locate(name) or ("nowhere",)
-    if root != "params":
-        raise ValueError(f"{name} is not a trained parameter; ours is at {'/'.join((root, *path))}")
-    return "/".join(path)
 
 
 def publish(path: tuple[str, ...]) -> str:
@@ -145,17 +135,3 @@ def from_layout(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
 
 def _is_transposed(path: tuple[str, ...], array: np.ndarray) -> bool:
     return path[-3] == "decoder" and path[-2].startswith("layers_") and array.shape[2:] == (4, 4)
-
-
-def from_state_dict(state_dict: Mapping[str, np.ndarray]) -> dict:
-    """A published state dict -> {'params': …, 'model_state': …} in our names and layouts."""
-    tree: dict = {"params": {}, "model_state": {}}
-    for name, array in state_dict.items():
-        path = locate(name)
-        if path is None:
-            continue
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = to_layout(path, np.asarray(array))
-    return tree

@@ -1,9 +1,15 @@
-"""Builds our modules from the published system's own configuration, as the cases' hyper-parameters give it."""
+"""Builds our modules from the published system's own configuration, as the cases' hyper-parameters give it.
+
+`from_state_dict` gives their variables.
+"""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
+from aitok_jax.convert import rules
 from aitok_jax.models.swin_v2 import SwinV2
 from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.transformer import TokenTransformer
@@ -24,6 +30,13 @@ SET_UPS = {  # name of a full-size state dict -> the configuration that builds i
     "insseg_b": ("coco", ""),
     "joint_b": ("joint", ""),
 }
+
+
+def from_state_dict(state_dict: Mapping[str, np.ndarray]) -> dict:
+    """A published state dict -> {'params': …, 'model_state': …} in our names and layouts, without derived tables."""
+    located = {rules.locate(name): array for name, array in state_dict.items()}
+    arrays = {path: rules.to_layout(path, np.asarray(array)) for path, array in located.items() if path}
+    return {"params": {}, "model_state": {}} | unflatten_dict(arrays)
 
 
 def tokenizer(cfg: dict) -> VQVAE:

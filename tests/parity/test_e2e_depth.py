@@ -27,7 +27,7 @@ def case(name):
 
 @pytest.fixture
 def tree(case):
-    return rules.from_state_dict(case.state_dict())
+    return published.from_state_dict(case.state_dict())
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def case(name):
 
 @pytest.fixture
 def tree(case):
-    return jax.tree.map(jnp.asarray, rules.from_state_dict(case.state_dict()))
+    return jax.tree.map(jnp.asarray, published.from_state_dict(case.state_dict()))
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import published
 import pytest
 from pycocotools import mask as coco_mask
 
-from aitok_jax.convert import rules
 from aitok_jax.tasks import paste
 
 pytestmark = cases.find("heads*")
@@ -37,7 +36,7 @@ def predicted_objects(case, soft, with_masks=True):
         "valid": np.ones(len(tokens), bool),
     }
     if with_masks:
-        tree = rules.from_state_dict(case.state_dict("vqvae."))
+        tree = published.from_state_dict(case.state_dict("vqvae."))
         variables = {"params": tree["params"], **tree["model_state"]}
         grid = int(np.sqrt(hp["mask_tokens"]))
         codes, method = tokens[:, 5:].reshape(-1, grid, grid), "decode"

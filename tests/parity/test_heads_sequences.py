@@ -5,7 +5,6 @@ import numpy as np
 import published
 import pytest
 
-from aitok_jax.convert import rules
 from aitok_jax.tasks import sequences
 
 pytestmark = cases.find("heads*")
@@ -50,7 +49,7 @@ def test_codes_of_crops(name):
     case = cases.load(name)
     hp = case.hp
     tokenizer = published.tokenizer(hp["vae"])
-    tree = rules.from_state_dict(case.state_dict("vqvae."))
+    tree = published.from_state_dict(case.state_dict("vqvae."))
     size = hp["mask_size"]
     crops = case[f"out/crop_bin_{size}"][..., None].astype(np.float32)
     codes = tokenizer.apply({"params": tree["params"], **tree["model_state"]}, crops, method="encode")

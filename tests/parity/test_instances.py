@@ -6,7 +6,6 @@ import numpy as np
 import published
 import pytest
 
-from aitok_jax.convert import rules
 from aitok_jax.models import losses
 from aitok_jax.tasks.objects import ObjectsPart
 
@@ -40,7 +39,8 @@ def check_loss(case, part, out, kind, targets, metrics_of):
     if part.aux_weight and real.any():
         crops[real] = case["in/insseg_mask"]
     logits = case[f"in/{kind}_out_seq"].reshape(*targets.shape, -1)
-    state = rules.from_state_dict({f"insseg_head.{k}": v for k, v in case.state_dict("insseg.").items()})["model_state"]
+    sd = {f"insseg_head.{k}": v for k, v in case.state_dict("insseg.").items()}
+    state = published.from_state_dict(sd)["model_state"]
 
     def loss(logits):
         return part.token_loss(state, logits, np.maximum(targets, 0), counted, crops)

@@ -11,7 +11,6 @@ import numpy as np
 import published
 import pytest
 
-from aitok_jax.convert import rules
 from aitok_jax.tasks.maps import MapPart
 from aitok_jax.tasks.modalities.depth import Depth
 
@@ -35,7 +34,7 @@ def depth_part(case, weights):
 
 def state_of(case):
     sd = {f"depth_head.{k}": v for k, v in case.state_dict("depth.").items()}
-    return rules.from_state_dict(sd)["model_state"]
+    return published.from_state_dict(sd)["model_state"]
 
 
 @pytest.mark.parametrize("kind", ["depth", "depthw0"])

@@ -93,7 +93,7 @@ def config_of(part) -> ConfigDict:
 def test_a_converted_solver_predicts_what_the_published_one_does(name, tmp_path):
     case = cases.load(name)
     state_dict = case.state_dict()
-    params = rules.from_state_dict(state_dict)["params"]
+    params = models.from_state_dict(state_dict)["params"]
     flip = case.hp["shift_window"]["flip"]
     config = config_of(models.depth_part(case.hp["model"], params, case["in/img"].shape[-1], flip=flip))
     write_weights(tmp_path / "in.safetensors", state_dict)

@@ -25,7 +25,7 @@ def build(hp, shift):
 
 @pytest.fixture
 def params(name):
-    return rules.from_state_dict(cases.load(name).state_dict())["params"]
+    return published.from_state_dict(cases.load(name).state_dict())["params"]
 
 
 def runs(case):

@@ -26,7 +26,7 @@ def case(name):
 @pytest.fixture
 def params(case):
     sd = case.state_dict()
-    return rules.from_state_dict({f"transformer.{k}": v for k, v in sd.items()})["params"]["transformer"]
+    return published.from_state_dict({f"transformer.{k}": v for k, v in sd.items()})["params"]["transformer"]
 
 
 def build(case, params, parallel):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import published
 
 from aitok_jax.convert import rules
 from aitok_jax.models.quantizer import Quantizer
@@ -31,7 +32,7 @@ def build(hp):
 
 def load(name):
     case = cases.load(name)
-    tree = rules.from_state_dict(case.state_dict())
+    tree = published.from_state_dict(case.state_dict())
     return case, build(case.hp), {"params": tree["params"], **tree["model_state"]}
 
 
