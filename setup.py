@@ -44,6 +44,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "chips": ["jax[tpu]>=0.10.2"],  # compiles for TPUs that are not there: experiments/chips.py
         "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"],
         "prepare": ["apache-beam>=2.77", "mlcroissant>=1.1"],  # lowers other packages: in an environment of its own
         "notebooks": ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29"],

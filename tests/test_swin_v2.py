@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax.models import swin_v2, window_attention
+from aitok_jax.models import swin_v2
 from aitok_jax.models.layers import DropPath, Widths
+from aitok_jax.models.position_bias import relative_coordinates, relative_index
 from aitok_jax.models.swin_v2 import PatchMerging, SwinV2
 
 TINY = SwinV2(
@@ -36,10 +37,10 @@ def variables(images):
 
 def test_relative_coordinates():
     third = 1 / 3  # log2(1 + 1) / log2(8): an offset of one when the pre-training window is 9
-    table = window_attention.relative_coordinates(2, 9).reshape(3, 3, 2)
+    table = relative_coordinates(2, 9).reshape(3, 3, 2)
     np.testing.assert_allclose(table[..., 0], np.array([[-third] * 3, [0] * 3, [third] * 3]), atol=1e-6)
     np.testing.assert_allclose(table[..., 1], np.array([[-third, 0, third]] * 3), atol=1e-6)
-    corner = window_attention.relative_coordinates(8, 8)[-1]
+    corner = relative_coordinates(8, 8)[-1]
     # the farthest offset, 7, of the pre-training window becomes 8
     np.testing.assert_allclose(corner, np.log2(9) / 3, rtol=1e-6)
 
@@ -48,7 +49,7 @@ def test_relative_index_finds_query_minus_key():
     window = 3
     offsets = np.stack(np.meshgrid(*[np.arange(-2, 3)] * 2, indexing="ij"), -1).reshape(-1, 2)
     places = np.stack(np.divmod(np.arange(window**2), window), -1)
-    np.testing.assert_array_equal(offsets[window_attention.relative_index(window)], places[:, None] - places[None])
+    np.testing.assert_array_equal(offsets[relative_index(window)], places[:, None] - places[None])
 
 
 def test_partition_gives_squares_in_reading_order():
@@ -178,28 +179,6 @@ def test_patch_merging_order():
     params = {"reduction": {"kernel": kernel}, "norm": {"scale": np.ones(2, "f"), "bias": np.zeros(2, "f")}}
     ours = PatchMerging(Widths(1, 1, 1)).apply({"params": params}, x)
     np.testing.assert_allclose(ours[0, 0], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("windows", [1, 4])
-def test_gradients_of_attention(windows):
-    """The backward pass is written by hand; the reference is plain softmax attention, differentiated by JAX."""
-    rng = np.random.default_rng(0)
-    shapes = [(2 * windows, 9, 5)] * 3 + [(25,)]
-    head = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-    weight = jnp.asarray(rng.normal(size=shapes[0]), jnp.float32)
-    regions = rng.integers(0, 2, (windows, 9)) if windows > 1 else None
-
-    def plain(q, k, v, bias):
-        logits = q @ k.swapaxes(1, 2) + bias[window_attention.relative_index(3)][None]
-        if regions is not None:
-            logits -= np.tile(100.0 * (regions[:, :, None] != regions[:, None]), (2, 1, 1))
-        return jax.nn.softmax(logits) @ v
-
-    ours, theirs = (
-        jax.jit(jax.value_and_grad(lambda *head, f=f: jnp.sum(f(*head) * weight), (0, 1, 2, 3)))(*head)
-        for f in (window_attention._attention(3, regions), plain)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
 
 
 def test_drop_path_drops_whole_examples():

@@ -82,3 +82,7 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
         else:
             del changed[max(at, 1) :]
     return bytes(changed)
+
+
+def text(word: str) -> bytes:
+    return b"X" + struct.pack("<I", len(word)) + word.encode()

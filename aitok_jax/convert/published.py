@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from aitok_jax import tasks
 from aitok_jax.config import build_dataclass, translated_task
 from aitok_jax.convert import rules
+from aitok_jax.models.position_bias import relative_coordinates, relative_index
 from aitok_jax.models.swin_v2 import SwinV2
 from aitok_jax.models.transformer import sine_positions
-from aitok_jax.models.window_attention import relative_coordinates, relative_index
 
 BACKBONE = ("params", "backbone")
 MAX_LINES = 20  # of an error

@@ -1,5 +1,6 @@
 """What every evaluator needs: running a step over all batches, on any number of devices and hosts, and averaging."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -48,6 +49,12 @@ class Evaluation:
     def run(self, then: Callable[[dict, dict], Any] = lambda batch, outputs: outputs) -> Iterator[tuple[dict, Any]]:
         """(batch, then(batch, what `part.predict` says of it)) for this host's share of every batch."""
         predict, data = compiled_predict(self.part), self.data
+
+        def step(batch):
+            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+                outputs = predict(self.params, self.model_state, batch)
+            return then(batch, outputs)
+
         batches = pipeline.eval_batches(
             data.eval,
             data.eval_transform,
@@ -56,7 +63,7 @@ class Evaluation:
             process_count=jax.process_count(),
         )
         return run_batches(
-            lambda batch: then(batch, predict(self.params, self.model_state, batch)),
+            step,
             batches,
             mesh=self.mesh,
             total=-(-len(data.eval) // self.batch_size),

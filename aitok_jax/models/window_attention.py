@@ -1,5 +1,8 @@
 """Cosine attention inside windows with a log-spaced continuous position bias, as published for AiT ("RPE-2FC")."""
 
+import concurrent.futures
+import functools
+import logging
 import math
 from collections.abc import Callable
 
@@ -7,38 +10,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from aitok_jax.models import window_kernels
 from aitok_jax.models.layers import Widths, trunc_normal
+from aitok_jax.models.position_bias import collapse, expand, relative_coordinates
 
+LOG = logging.getLogger(__name__)
 MAX_LOGIT_SCALE = math.log(100.0)
-APART = -100.0  # added to the logits of pairs that must not see each other
-
-
-def relative_coordinates(window: int, pretrain_window: int) -> np.ndarray:
-    """Log-spaced offsets in a window: f32[(2w−1)², 2], (Δrow, Δcolumn) from −(w−1) to w−1, row-major.
-
-    Offsets are divided by (pretrain_window − 1) and multiplied by 8, then sign·log2(1 + |·|)/log2(8).
-    """
-    offsets = np.arange(-(window - 1), window, dtype=np.float32)
-    table = np.stack(np.meshgrid(offsets, offsets, indexing="ij"), -1).reshape(-1, 2)
-    table = table / max(pretrain_window - 1, 1) * 8
-    return (np.sign(table) * np.log2(1 + np.abs(table)) / np.log2(8)).astype(np.float32)
-
-
-def relative_index(window: int) -> jax.Array:
-    """int32[w², w²]: the row of `relative_coordinates` of every (query, key) pair of a window."""
-    y, x = jnp.divmod(jnp.arange(window * window, dtype=jnp.int32), window)
-    rows = y[:, None] - y[None] + window - 1
-    columns = x[:, None] - x[None] + window - 1
-    return rows * (2 * window - 1) + columns
+TRUSTED = 1e-3  # relative difference from the formula, in float32, up to which kernels are taken
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Fused = tuple[Callable, Callable]
+"""Forward (q, k, v, bias) -> out, and backward (q, k, v, bias, out, gradient of out) -> gradients of the first four."""
 
 
 class WindowAttention(nn.Module):
-    """Cosine attention inside windows, [N, w², C] -> [N, w², C]; logits, bias and softmax in float32.
-
-    One head follows the other, and the backward pass computes logits and weights again, so that neither they nor the
-    position bias of all heads, N·heads·w⁴ and heads·w⁴ numbers, are in memory at once.
-    """
+    """Cosine attention inside windows, [N, w², C] -> [N, w², C]; logits, bias and softmax in float32."""
 
     widths: Widths
     window: int
@@ -53,15 +40,15 @@ class WindowAttention(nn.Module):
         v_bias = self.param("v_bias", nn.initializers.zeros, (c,), widths.param_dtype)
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(widths.dtype)
         qkv = widths.dense(3 * c, "qkv", use_bias=False)(x_NTC) + bias.reshape(1, 1, -1)
-        q, k, v = qkv.reshape(n, t, 3, heads, c // heads).transpose(2, 3, 0, 1, 4)  # h N T d
+        q, k, v = jnp.split(qkv, 3, axis=-1)
 
         init_scale = nn.initializers.constant(math.log(10.0))
         log_scale_h = self.param("logit_scale", init_scale, (heads,), widths.param_dtype)
         scale_h = jnp.exp(jnp.minimum(log_scale_h.astype(jnp.float32), MAX_LOGIT_SCALE))
-        q = _unit(q) * scale_h.reshape(-1, 1, 1, 1)
-        attend = _attention(self.window, regions_WT)
-        out_hNTd = jax.lax.map(lambda head: attend(*head), (q, _unit(k), v, self._position_bias()))
-        return widths.dense(c, "proj")(out_hNTd.transpose(1, 2, 0, 3).reshape(n, t, c))
+        q = (_unit(q, heads) * scale_h.reshape(1, 1, -1, 1)).reshape(n, t, c).astype(widths.dtype)
+        k = _unit(k, heads).reshape(n, t, c).astype(widths.dtype)
+        out_NTC = attention(self.window, regions_WT)(q, k, v, self._position_bias())
+        return widths.dense(c, "proj")(out_NTC)
 
     def _position_bias(self) -> jax.Array:
         """f32[heads, (2w−1)²], in 0..16: of every offset."""
@@ -72,49 +59,157 @@ class WindowAttention(nn.Module):
         return 16 * jax.nn.sigmoid(per_offset).T
 
 
-def _attention(window: int, regions_WT: np.ndarray | None) -> Callable[..., jax.Array]:
-    """Attention of one head in N windows: (q, k, v f32/bf16[N,T,d], bias f32[P] of every offset) -> [N,T,d].
+def attention(window: int, regions_WT: np.ndarray | None, fused: Fused | None = None) -> Attend:
+    """Attention in N windows: (q, k, v [N,T,C] with the heads side by side, bias f32[heads,P] of offsets) -> [N,T,C].
 
-    The backward pass computes the weights P again. With O = PV, the sum that the gradient of a softmax takes over keys
-    is that of dO·O over channels (FlashAttention, arXiv 2205.14135): dS = P(dP − Σ dO·O).
+    q and k are normalised and scaled. Compiled for a TPU it is the kernels of `window_kernels`, for all else the plain
+    formula, which is also taken where the kernels need more memory than there is, or `self_check` fails. Within a mesh
+    (`jax.set_mesh`) every device takes its own windows, and of the gradient of the bias what is summed over devices is
+    that of the offsets.
+
+    Args:
+        regions_WT: of the W windows of an image; pairs of different regions do not see each other. None: all do.
+        fused: what to take whatever the platform.
+    """
+    kernels, plain = _kernels(window, regions_WT), _plain(window, regions_WT)
+
+    def choose(which: int, *args):
+        if fused is not None:
+            return fused[which](*args)
+        if not (_fits(window, len(args[3]), args[0].shape[-1]) and _trusted()):
+            return plain[which](*args)
+        return jax.lax.platform_dependent(*args, tpu=kernels[which], default=plain[which])
+
+    @jax.custom_vjp
+    def attend(q_NTC, k_NTC, v_NTC, bias_hP):
+        return choose(0, q_NTC, k_NTC, v_NTC, bias_hP)
+
+    def forward(*args):
+        out = attend(*args)
+        return out, (*args, out)
+
+    attend.defvjp(forward, lambda kept, dout_NTC: choose(1, *kept, dout_NTC))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attend
+    split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    return jax.shard_map(attend, in_specs=(split, split, split, whole), out_specs=split, check_vma=False)
+
+
+def _fits(window: int, heads: int, channels: int) -> bool:
+    return window_kernels.plan(window, heads, channels // heads).bytes <= window_kernels.MEMORY
+
+
+@functools.cache
+def _trusted() -> bool:
+    """Whether the kernels say on the TPU at hand what the formula says; compared once, and True where there is none."""
+    if jax.default_backend() != "tpu":
+        return True
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # where no program is being traced
+        worst = thread.submit(self_check).result()
+    if not worst <= TRUSTED:
+        LOG.warning(
+            "the kernels of window attention differ from the formula by %.1e on this %s, where %.0e is allowed: the "
+            "formula is used, which takes more memory and time; please report this, and the versions of jax and libtpu",
+            *(worst, jax.devices()[0].device_kind, TRUSTED),
+        )
+    return worst <= TRUSTED
+
+
+def self_check(fused: Callable[[int, np.ndarray | None], Fused] | None = None) -> float:
+    """How far kernels are from the formula on the default device: of the output and all gradients, shifted windows and
+    others, the largest difference relative to the largest value. Takes a second, most of it compilation.
+
+    Args:
+        fused: (window, regions) -> what to compare; None is what a TPU takes.
+    """
+    window, shape = 7, (4, 49, 128)  # a length that fills no tile, and lanes that are filled
+    rng, worst = np.random.default_rng(0), 0.0
+    q, k, v, dout = rng.normal(0, 0.5, (4, *shape)).astype(np.float32)
+    bias = rng.normal(size=(4, (2 * window - 1) ** 2)).astype(np.float32)
+    for regions in (None, (np.arange(49) > 20).astype(np.int32) * np.arange(2, dtype=np.int32)[:, None]):
+
+        def compute(args, pair, regions=regions):
+            out, pull = jax.vjp(attention(window, regions, pair), *args)
+            return out, *pull(jnp.asarray(dout))
+
+        pairs = ((fused or _kernels)(window, regions), _plain(window, regions))
+        with jax.default_matmul_precision("highest"):
+            found, wanted = (jax.jit(functools.partial(compute, pair=pair))((q, k, v, bias)) for pair in pairs)
+        for ours, formula in zip(found, wanted, strict=True):
+            worst = max(worst, float(jnp.max(jnp.abs(ours - formula)) / jnp.max(jnp.abs(formula))))
+    return worst
+
+
+def _kernels(window: int, regions_WT: np.ndarray | None) -> Fused:
+    def forward(*args):
+        return window_kernels.forward(*args, regions_WT, window)
+
+    def backward(*args):
+        return window_kernels.backward(*args, regions_WT, window)
+
+    return forward, backward
+
+
+def _plain(window: int, regions_WT: np.ndarray | None) -> Fused:
+    """The formula, and its gradients: one head follows the other, and the backward pass computes logits and weights
+    again, so that neither they nor the bias of the pairs, N·heads·w⁴ and heads·w⁴ numbers, are in memory at once.
+
+    With O = PV, the sum that the gradient of a softmax takes over keys is that of dO·O over channels (FlashAttention,
+    arXiv 2205.14135): dS = P(dP − Σ dO·O).
     """
 
     def weights(q_NTd, k_NTd, bias_P):
         logits = jnp.einsum("nqd,nkd->nqk", q_NTd, k_NTd, preferred_element_type=jnp.float32)
-        logits += bias_P[relative_index(window)][None]
+        logits += expand(bias_P[None], window)
         if regions_WT is not None:
             apart = regions_WT[:, :, None] != regions_WT[:, None]
-            masked = logits.reshape(-1, *apart.shape) + jnp.where(apart, APART, 0.0)[None]
+            masked = logits.reshape(-1, *apart.shape) + jnp.where(apart, window_kernels.APART, 0.0)[None]
             logits = masked.reshape(logits.shape)
         return jax.nn.softmax(logits)
 
-    @jax.custom_vjp
-    def attend(q_NTd, k_NTd, v_NTd, bias_P):
-        return jnp.einsum("nqk,nkd->nqd", weights(q_NTd, k_NTd, bias_P).astype(v_NTd.dtype), v_NTd)
+    def forward(q_NTC, k_NTC, v_NTC, bias_hP):
+        def head(given):
+            q_NTd, k_NTd, v_NTd, bias_P = given
+            return jnp.einsum("nqk,nkd->nqd", weights(q_NTd, k_NTd, bias_P).astype(v_NTd.dtype), v_NTd)
 
-    def forward(*head):
-        out = attend(*head)
-        return out, (head, out)
+        q, k, v = (_by_head(x, len(bias_hP)) for x in (q_NTC, k_NTC, v_NTC))
+        return _side_by_side(jax.lax.map(head, (q, k, v, bias_hP)))
 
-    def backward(kept, dout_NTd):
-        (q, k, v, bias_P), out_NTd = kept
-        p_NTT = weights(q, k, bias_P)
-        dp_NTT = jnp.einsum("nqd,nkd->nqk", dout_NTd, v, preferred_element_type=jnp.float32)
-        total_NT1 = jnp.sum((dout_NTd * out_NTd).astype(jnp.float32), -1, keepdims=True)
-        ds_NTT = p_NTT * (dp_NTT - total_NT1)
-        dq = jnp.einsum("nqk,nkd->nqd", ds_NTT, k.astype(jnp.float32))
-        dk = jnp.einsum("nqk,nqd->nkd", ds_NTT, q.astype(jnp.float32))
-        dv = jnp.einsum("nqk,nqd->nkd", p_NTT.astype(v.dtype), dout_NTd)
-        dbias_TT = jnp.einsum("n,nqk->qk", jnp.ones(ds_NTT.shape[0]), ds_NTT)  # a sum, faster as a product
-        dbias_P = jnp.zeros_like(bias_P).at[relative_index(window)].add(dbias_TT)
-        return dq.astype(q.dtype), dk.astype(k.dtype), dv, dbias_P
+    def backward(q_NTC, k_NTC, v_NTC, bias_hP, out_NTC, dout_NTC):
+        def head(given):
+            q, k, v, bias_P, out_NTd, dout_NTd = given
+            p_NTT = weights(q, k, bias_P)
+            dp_NTT = jnp.einsum("nqd,nkd->nqk", dout_NTd, v, preferred_element_type=jnp.float32)
+            total_NT1 = jnp.sum((dout_NTd * out_NTd).astype(jnp.float32), -1, keepdims=True)
+            ds_NTT = p_NTT * (dp_NTT - total_NT1)
+            dq = jnp.einsum("nqk,nkd->nqd", ds_NTT, k.astype(jnp.float32))
+            dk = jnp.einsum("nqk,nqd->nkd", ds_NTT, q.astype(jnp.float32))
+            dv = jnp.einsum("nqk,nqd->nkd", p_NTT.astype(v.dtype), dout_NTd)
+            dbias_TT = jnp.einsum("n,nqk->qk", jnp.ones(ds_NTT.shape[0]), ds_NTT)  # a sum, faster as a product
+            return dq.astype(q.dtype), dk.astype(k.dtype), dv, collapse(dbias_TT[None], window)[0]
 
-    attend.defvjp(forward, backward)
-    return attend
+        q, k, v, out, dout = (_by_head(x, len(bias_hP)) for x in (q_NTC, k_NTC, v_NTC, out_NTC, dout_NTC))
+        dq, dk, dv, dbias_hP = jax.lax.map(head, (q, k, v, bias_hP, out, dout))
+        return *(_side_by_side(x) for x in (dq, dk, dv)), dbias_hP
+
+    return forward, backward
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.float32)
+def _by_head(x_NTC: jax.Array, heads: int) -> jax.Array:
+    """[N,T,C] -> [heads,N,T,C/heads]."""
+    return x_NTC.reshape(*x_NTC.shape[:2], heads, -1).transpose(2, 0, 1, 3)
+
+
+def _side_by_side(x_hNTd: jax.Array) -> jax.Array:
+    """The inverse of `_by_head`."""
+    x = x_hNTd.transpose(1, 2, 0, 3)
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _unit(x_NTC: jax.Array, heads: int) -> jax.Array:
+    """[N,T,C] -> f32[N,T,heads,C/heads], every head of length 1."""
+    x = x_NTC.astype(jnp.float32).reshape(*x_NTC.shape[:2], heads, -1)
     square = jnp.sum(jnp.square(x), -1, keepdims=True)
     norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))  # padded keys are zero, where the root has no gradient
     return x / (jnp.where(square > 0, norm, 0.0) + 5e-5)

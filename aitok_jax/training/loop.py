@@ -146,7 +146,8 @@ def make_step(run: Run, optimizer: optax.GradientTransformation, shardings: Trai
 
     def step(state, batch, key):
         rng = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
-        (loss, (metrics, model_state)), grads = gradient(state.params, state.model_state, batch, rng)
+        with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):  # what window attention is split by
+            (loss, (metrics, model_state)), grads = gradient(state.params, state.model_state, batch, rng)
         own = {"loss": loss, "learning_rate": schedule(state.step), "grad_norm": optax.global_norm(grads)}
         return state.apply_gradients(grads, model_state, optimizer, run.config.ema_decay), metrics | own
 

@@ -13,8 +13,8 @@ import pytest
 from flax import linen as nn
 
 from aitok_jax.convert import rules
+from aitok_jax.models.position_bias import relative_index
 from aitok_jax.models.swin_v2 import EPSILON
-from aitok_jax.models.window_attention import relative_index
 
 pytestmark = cases.find("swinv2_*")
 

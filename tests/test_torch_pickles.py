@@ -1,0 +1,172 @@
+"""Pickles of PyTorch's files: nothing in them runs, and what they claim is checked."""
+
+import os
+import pickle
+import pickletools
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch_files import legacy_file, tensor, tensor_program, text, zip_file
+
+from aitok_jax.convert.weight_files import WeightFileError, read_weights
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(data: bytes, name: str = "weights.pth") -> Path:
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
+class Call:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+TOUCH = "touch marker"
+MALICIOUS = {
+    "os.system": (pickle.dumps({"weights": Call(os.system, TOUCH)}, 2), "'posix.system'"),
+    "protocol 4": (pickle.dumps({"weights": Call(os.system, TOUCH)}, 4), "'posix.system'"),
+    "protocol 0": (b"\x80\x00" + pickle.dumps(Call(os.system, TOUCH), 0), "'posix.system'"),
+    "eval": (pickle.dumps(Call(eval, "open('marker', 'w')"), 4), "'builtins.eval'"),
+    "old name of eval": (pickle.dumps(Call(eval, "open('marker', 'w')"), 2), "'__builtin__.eval'"),
+    "torch hub": (b"\x80\x02ctorch.hub\nload\n" + text("evil/repo") + text("model") + b"\x86R.", "'torch.hub.load'"),
+    "torch load": (b"\x80\x02ctorch\nload\n" + text("other.pth") + b"\x85R.", "'torch.load'"),
+    "getattr": (pickle.dumps(Call(getattr, Call(__import__, "os"), "system"), 4), "'builtins.getattr'"),
+    "only named": (b"\x80\x02cos\nsystem\n0}.", "'os.system'"),
+    "argument of an allowed call": (
+        b"\x80\x02ccollections\nOrderedDict\n(cos\nsystem\n" + text(TOUCH) + b"\x85RtR.",
+        "'os.system'",
+    ),
+    "call of a call's result": (b"\x80\x02ccollections\nOrderedDict\n)R" + text(TOUCH) + b"\x85R.", "calls a Dict"),
+    "call of a string": (b"\x80\x02" + text("os.system") + text(TOUCH) + b"\x85R.", "calls a str"),
+    "call of a dtype": (b"\x80\x02ctorch\nFloatStorage\n" + text(TOUCH) + b"\x85R.", "calls a Float32DType"),
+    "attribute of an allowed name": (
+        b"\x80\x04" + text("torch._utils") + text("_rebuild_tensor_v2.__globals__") + b"\x93.",
+        "'torch._utils._rebuild_tensor_v2.__globals__'",
+    ),
+    "through the memo": (
+        b"\x80\x02ccollections\nOrderedDict\nq\x000cos\nsystem\nq\x000h\x00" + text(TOUCH) + b"\x85R.",
+        "'os.system'",
+    ),
+    "state of an allowed name": (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}" + text("__code__") + text(TOUCH) + b"sb.",
+        "sets the state of a type",
+    ),
+    "state of a dict": (b"\x80\x02}" + text(TOUCH) + b"b.", "sets the state of a Dict"),
+    "new object": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "NEWOBJ"),
+    "instance": (b"\x80\x02(" + text(TOUCH) + b"ios\nsystem\n.", "'os.system'"),
+    "object": (b"\x80\x02(ccollections\nOrderedDict\no.", "OBJ"),
+    "extension registry": (b"\x80\x02\x82\x01.", "EXT1"),
+    "text reference": (b"\x80\x02Pos.system\n.", "a reference to 'os.system'"),
+    "reference to no storage": (b"\x80\x02" + text("os.system") + b"\x85Q.", "reference"),
+    "computed name": (b"\x80\x04" + b"]" + text("system") + b"\x93.", "STACK_GLOBAL requires str"),
+    "numpy": (pickle.dumps({"w": np.ones(3)}, 2), r"numpy\._?core.*_reconstruct"),
+}
+
+
+@pytest.mark.parametrize("wrap", [zip_file, legacy_file])
+@pytest.mark.parametrize("case", MALICIOUS)
+def test_nothing_in_a_pickle_runs(case, wrap, write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    modules = set(sys.modules)
+    program, message = MALICIOUS[case]
+    assert list(pickletools.genops(program))  # a whole pickle
+    with pytest.raises(WeightFileError, match=message):
+        read_weights(write(wrap(program)))
+    assert not (tmp_path / "marker").exists()
+    assert not {name for name in set(sys.modules) - modules if not name.startswith("encodings.")}
+
+
+def test_the_malicious_pickles_would_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(MALICIOUS["os.system"][0])
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (4,), "stride": (1,), "numel": 3}, "beyond its storage of 3"),
+        ({"size": (2,), "stride": (1,), "numel": 3, "offset": 2}, "beyond its storage of 3"),
+        ({"size": (2, 2), "stride": (2, 1), "numel": 3}, "beyond its storage of 3"),
+        ({"size": (10**9,), "stride": (0,), "numel": 3}, "beyond its storage of 3"),
+        ({"size": (2,), "stride": (-1,), "numel": 3}, "impossible"),
+        ({"size": (2,), "stride": (1, 1), "numel": 3}, "impossible"),
+        ({"size": (0, 2**62), "stride": (1, 1), "numel": 3}, "impossible"),
+        ({"size": (1.5,), "stride": (1,), "numel": 3}, "impossible"),
+        ({"size": (2,) * 40, "stride": (0,) * 40, "numel": 3}, "impossible"),
+        ({"size": (1,) * 100_000, "stride": (1,) * 100_000, "numel": 3}, "impossible"),
+        ({"size": (True,), "stride": (1,), "numel": 3}, "impossible"),
+        ({"size": (2,), "stride": (2**62,), "numel": 3}, "beyond its storage of 3"),
+        ({"size": (2,), "stride": (1,), "numel": 3, "offset": 2**62}, "beyond its storage of 3"),
+        ({"size": (2**24, 2**24), "stride": (0, 0), "numel": 3}, "impossible"),
+        ({"size": (2,), "stride": (1,), "numel": True}, "no proper size"),
+        ({"size": (4,), "stride": (1,), "numel": 4}, "has only 12 bytes"),
+        ({"size": (5 * 2**28,), "stride": (1,), "numel": 5 * 2**28}, "has only 12 bytes"),
+        ({"size": (3,), "stride": (1,), "numel": 3, "storage": "QInt8Storage"}, r"'torch\.QInt8Storage'"),
+        ({"size": (3,), "stride": (1,), "numel": 3, "storage": "DoubleStorage"}, "3 float64 values has only 12 bytes"),
+        ({"size": (3,), "stride": (1,), "numel": 3, "key": "../1"}, r"archive/data/\.\./1"),
+    ],
+)
+def test_tensors_that_do_not_fit_their_storage(options, message, write):
+    content = zip_file(tensor_program(**options), {"0": bytes(12)})
+    with pytest.raises(WeightFileError, match=message):
+        read_weights(write(content))
+
+
+def test_the_stride_of_an_axis_of_length_one_has_no_part(write):
+    content = zip_file(tensor_program((1, 3), (2**62, 1), numel=3), {"0": np.arange(3, dtype=np.float32).tobytes()})
+    np.testing.assert_array_equal(read_weights(write(content))["w"], [[0, 1, 2]])
+
+
+def test_pairs_of_an_ordered_dict(write):
+    """As Python 2 saved them."""
+    pair = b"](" + text("w") + tensor((3,), (1,), numel=3) + b"e"
+    program = b"\x80\x02ccollections\nOrderedDict\n]" + pair + b"a\x85R."
+    data = np.arange(3, dtype=np.float32).tobytes()
+    np.testing.assert_array_equal(read_weights(write(zip_file(program, {"0": data})))["w"], [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"ccollections\nOrderedDict\nq\x01](" + b"K\x00K\x01\x86" * 100_000 + b"eq\x02" + b"h\x01h\x02\x85R0" * 100_000,
+        b"ccollections\nOrderedDict\nq\x01(" + b"N" * 1_000_000 + b"tq\x020(" + b"h\x01h\x02R0" * 100_000,
+        b")q\x01" + b"h\x01h\x01\x86q\x01" * 100 + b"0" * 99 + b"}h\x01Ns",
+        b")q\x01" + b"h\x01h\x01\x86q\x01" * 100 + b"Q",
+        b"\x85".join([b")"] * 1_000_000),
+        b"}q\x01" + (b"}" + text("a")) * 500_000 + b"N" + b"s" * 500_000,
+    ],
+    ids=["pairs", "arguments", "key", "reference", "tuples", "dictionaries"],
+)
+@pytest.mark.parametrize("wrap", [zip_file, legacy_file])
+def test_small_programs_with_much_to_do_end(program, wrap, write):
+    start = time.process_time()
+    with pytest.raises(WeightFileError):
+        read_weights(write(wrap(b"\x80\x02" + program + b".")))
+    assert time.process_time() - start < 30
+
+
+def test_legacy_claims(write):
+    program = tensor_program((3,), (1,), numel=3)
+    with pytest.raises(WeightFileError, match="should have 5368709120 bytes, 12 are there"):
+        read_weights(write(legacy_file(program, {"0": (5 * 2**28, bytes(12))})))
+    with pytest.raises(WeightFileError, match="does not fit its tensors"):
+        read_weights(write(legacy_file(program, {"1": (3, bytes(12))})))
+    twice = program[:-1] + text("v") + tensor((3,), (1,), numel=3, storage="IntStorage") + b"s."
+    with pytest.raises(WeightFileError, match="'0' is of two dtypes"):
+        read_weights(write(legacy_file(twice, {"0": (3, bytes(12))})))
+    with pytest.raises(WeightFileError, match="without the magic number"):
+        read_weights(write(pickle.dumps({"weights": 1}, 2)))
