@@ -34,11 +34,15 @@ def strips(table_hP: jax.Array, window: int) -> jax.Array:
 
     Entry [x, a·w + u] is the bias of a query in column x and a key in column u that lies a − (w − 1) rows below it. The
     w² keys of a window follow each other there, from `strip_start` on.
+
+    Of one row of offsets, turned round, column x sees the w numbers from w − 1 − x on. Repeated with a period of 2w and
+    cut into rows of 2w − 1 numbers, each row is the one before moved by one place, so that one cut gives all columns.
     """
     w, side = window, 2 * window - 1
     turned = table_hP.reshape(-1, side, side)[:, ::-1, ::-1]
-    columns = [turned[:, :, w - 1 - x : side - x].reshape(-1, side * w) for x in range(w)]
-    return jnp.stack(columns, 1)
+    periods = jnp.broadcast_to(jnp.pad(turned, ((0, 0), (0, 0), (0, 1)))[:, :, None], (len(turned), side, w, 2 * w))
+    moved = periods.reshape(-1, side, 2 * w * w)[:, :, : w * side].reshape(-1, side, w, side)
+    return moved[..., w - 1 :].transpose(0, 2, 1, 3).reshape(-1, w, side * w)
 
 
 def strip_start(row: int, window: int) -> int:
