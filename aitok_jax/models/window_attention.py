@@ -63,9 +63,9 @@ def attention(window: int, regions_WT: np.ndarray | None, fused: Fused | None = 
     """Attention in N windows: (q, k, v [N,T,C] with the heads side by side, bias f32[heads,P] of offsets) -> [N,T,C].
 
     q and k are normalised and scaled. Compiled for a TPU it is the kernels of `window_kernels`, for all else the plain
-    formula, which is also taken where the kernels need more memory than there is, or `self_check` fails. Within a mesh
-    (`jax.set_mesh`) every device takes its own windows, and of the gradient of the bias what is summed over devices is
-    that of the offsets.
+    formula, which is also taken where the kernels need more memory than there is, in exports, whose batch is open, or
+    where `self_check` fails. Within a mesh (`jax.set_mesh`) every device takes its own windows, and of the gradient of
+    the bias what is summed over devices is that of the offsets.
 
     Args:
         regions_WT: of the W windows of an image; pairs of different regions do not see each other. None: all do.
@@ -76,7 +76,7 @@ def attention(window: int, regions_WT: np.ndarray | None, fused: Fused | None = 
     def choose(which: int, *args):
         if fused is not None:
             return fused[which](*args)
-        if not (_fits(window, len(args[3]), args[0].shape[-1]) and _trusted()):
+        if not (_fits(args[0], window, len(args[3])) and _trusted()):
             return plain[which](*args)
         return jax.lax.platform_dependent(*args, tpu=kernels[which], default=plain[which])
 
@@ -96,8 +96,10 @@ def attention(window: int, regions_WT: np.ndarray | None, fused: Fused | None = 
     return jax.shard_map(attend, in_specs=(split, split, split, whole), out_specs=split, check_vma=False)
 
 
-def _fits(window: int, heads: int, channels: int) -> bool:
-    return window_kernels.plan(window, heads, channels // heads).bytes <= window_kernels.MEMORY
+def _fits(q_NTC: jax.Array, window: int, heads: int) -> bool:
+    """Whether there are kernels for these sizes: not for a number of windows that an export leaves open."""
+    plan = window_kernels.plan(window, heads, q_NTC.shape[2] // heads)
+    return isinstance(q_NTC.shape[0], int) and plan.bytes <= window_kernels.MEMORY
 
 
 @functools.cache
