@@ -12,6 +12,7 @@ traffic; FLOP are those of products and convolutions of the program as it is tra
 """
 
 import argparse
+import collections
 import importlib
 import json
 import os
@@ -212,7 +213,10 @@ def _cost(text: str, flops: float, chip: Chip, images: float) -> dict[str, Any]:
     if chip.clock_ghz:
         times["cycles_ms"] = hlo.cycles(operations) / chip.clock_ghz / 1e6
     step = max(times.values())
-    without = [each for each in hlo.serial(operations, program) if each.cycles is None]
+    without = collections.Counter()
+    for each in hlo.serial(operations, program):
+        if each.cycles is None:
+            without[f"{each.instruction.opcode} {each.label[-90:]}"] += each.times
     return {
         "gflop": flops / 1e9,
         "hbm_gb": moved / 1e9,
@@ -221,7 +225,7 @@ def _cost(text: str, flops: float, chip: Chip, images: float) -> dict[str, Any]:
         "step_ms": step,
         "mfu": times["flop_ms"] / step,
         "images_s": images / step * 1e3,
-        "without_estimate": {f"{each.instruction.opcode} {each.label[-90:]}": each.times for each in without},
+        "without_estimate": dict(without),
         "largest": [{"what": what, "gb": size / 1e9, "runs": runs} for what, size, runs in hlo.largest(operations)],
     }
 
@@ -234,7 +238,7 @@ def _cpu_seconds() -> float:
 def report(numbers: dict[str, Any], chip: Chip) -> str:
     lines = [f"compiled in {numbers['trace_s'] + numbers['compile_s']:.0f} s ({numbers['cpu_s']:.0f} s of CPU)"]
     lines.append(
-        f"GiB of a chip: {numbers['arguments_gib']:.2f} GiB arguments, {numbers['temporaries_gib']:.2f} temporaries, "
+        f"GiB of a chip: {numbers['arguments_gib']:.2f} arguments, {numbers['temporaries_gib']:.2f} temporaries, "
         f"{numbers['peak_gib']:.2f} at the peak, of {chip.memory_gb * 1e9 / GIB:.1f}"
     )
     if numbers["peak_gib"] * GIB > chip.memory_gb * 1e9:
