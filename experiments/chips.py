@@ -251,7 +251,7 @@ def report(numbers: dict[str, Any], chip: Chip) -> str:
     times = ", ".join(f"{name.removesuffix('_ms')} {numbers[name]:.2f}" for name in numbers if name.endswith("_ms"))
     lines.append(f"ms: {times}; MFU at most {100 * numbers['mfu']:.0f} %, {numbers['images_s']:.0f} images/s a chip")
     lines += [f"  {each['gb']:8.3f} GB  {each['runs']:5d} x  {each['what']}" for each in numbers["largest"]]
-    if numbers["without_estimate"]:
+    if numbers["without_estimate"] and chip.clock_ghz:
         lines.append("without an estimate of cycles:")
         lines += [f"  {times:5d} x  {what}" for what, times in numbers["without_estimate"].items()]
     return "\n".join(lines)
