@@ -86,3 +86,15 @@ def coco_subset():
     if not folder.is_dir():
         pytest.skip(f"no real COCO images in {folder}")
     return folder
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes bytes as a file, a weight file if not named otherwise."""
+
+    def write(data: bytes, name: str = "weights.pth") -> Path:
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    return write

@@ -5,23 +5,12 @@ import pickle
 import pickletools
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from torch_files import legacy_file, tensor, tensor_program, text, zip_file
 
 from aitok_jax.convert.weight_files import WeightFileError, read_weights
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(data: bytes, name: str = "weights.pth") -> Path:
-        path = tmp_path / name
-        path.write_bytes(data)
-        return path
-
-    return write
 
 
 class Call:

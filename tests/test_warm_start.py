@@ -37,8 +37,16 @@ def test_merge_errors_name_the_parameter():
         warm_start.merge(_variables(), {"params": {"head": {"bias": np.ones(4)}}})
     with pytest.raises(ValueError, match=r"the state has no 'params/tail'; it has .*params/head"):
         warm_start.merge(_variables(), {"params": {}}, "params/tail")
-    with pytest.raises(ValueError, match="nothing of the source fits 'params'"):
+    with pytest.raises(
+        ValueError, match=r"nothing of the source fits 'params'; the source has params/other, the state "
+    ):
         warm_start.merge(_variables(), {"params": {"other": np.ones(1)}}, "params")
+    with pytest.raises(ValueError, match=r"fits 'model_state/tokenizer'; the source has params/head, the state "):
+        warm_start.merge(_variables(), {"params": {"head": np.ones(1)}}, "model_state/tokenizer")
+    with pytest.raises(ValueError, match=r"params/head is an array in the source, where the other has a group"):
+        warm_start.merge(_variables(), {"params": {"head": np.ones(1)}})
+    with pytest.raises(ValueError, match=r"params/head/bias is an array in the state, where the other has a group"):
+        warm_start.merge(_variables(), {"params": {"head": {"bias": {"a": np.ones(3)}}}})
 
 
 def _solver(value):

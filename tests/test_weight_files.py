@@ -23,16 +23,6 @@ GENUINE = ("zip.pth", "legacy.pth", "protocol4.pth", "mixed.safetensors")
 DTYPES = ("bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(data: bytes, name: str = "weights.pth") -> Path:
-        path = tmp_path / name
-        path.write_bytes(data)
-        return path
-
-    return write
-
-
 @pytest.mark.parametrize("name", GENUINE)
 def test_files_of_torch_itself(name):
     arrays = read_weights(FIXTURES / name)

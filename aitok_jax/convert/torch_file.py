@@ -19,9 +19,7 @@ import numpy as np
 
 WRAPPERS = ("weights", "state_dict", "model")
 MAX_PICKLE = 2**22  # bytes of a file's pickles; those of ten thousand tensors take 3 MB
-MAX_GIVEN = (
-    2**20
-)  # values given to a pickle's calls, which may be the same many times; ten thousand tensors get 200,000
+MAX_GIVEN = 2**20  # values given to a pickle's calls, over and over maybe; those of ten thousand tensors are 200,000
 LEGACY = {"magic number": 0x1950A86A20F9469CFC6C, "protocol": 1001}
 BYTE_ORDER = "its values are not little-endian; save it again on a little-endian machine"
 _NAMES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": ml_dtypes.bfloat16, "Bool": "?"}

@@ -25,7 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 from aitok_jax.models.position_bias import collapse_strips, strip_start, strips
 
 LANES, TILE_ROWS, MOST_ROWS = 128, 16, 320
-MEMORY = 100 * 2**20  # bytes of vector memory that a kernel may take; v5e and v6e have 128 MiB
+MEMORY = 60 * 2**20  # bytes of vector memory that a plan may take; v5p has 64 MiB, v5e and v6e have 128
+SMALL_MEMORY = {f"TPU {kind}": 14 * 2**20 for kind in ("v2", "v3", "v4", "v4 lite")}  # these have 16
 APART = -100.0  # added to the logits of pairs that must not see each other
 PADDING = -1e9  # the bias of keys that are none
 
@@ -64,6 +65,7 @@ def plan(window: int, heads: int, width: int) -> Plan:
     return Plan(window, group, width, length, rows)
 
 
+@functools.partial(jax.jit, static_argnames=("window", "interpret"))  # traced once for all layers of one size
 def forward(
     q_NTC: jax.Array,
     k_NTC: jax.Array,
@@ -86,6 +88,7 @@ def forward(
     )[0]
 
 
+@functools.partial(jax.jit, static_argnames=("window", "interpret"))
 def backward(
     q_NTC: jax.Array,
     k_NTC: jax.Array,

@@ -49,23 +49,26 @@ def merge(target: Mapping, source: Mapping, prefix: str = "") -> tuple[dict, Mer
       ValueError: `target` has no such subtree, nothing was used, or shapes differ.
     """
     new = flatten_dict(target, sep="/", keep_empty_nodes=True)
-    own = [path for path, leaf in _arrays(new) if _inside(path, prefix)]
+    own = {path for path, leaf in _arrays(new) if _inside(path, prefix)}
     if not own:
         raise ValueError(f"start_from: the state has no {prefix!r}; it has {_summary(new)}")
-    theirs = dict(_arrays(flatten_dict(source, sep="/")))
+    given = theirs = dict(_arrays(flatten_dict(source, sep="/")))
     if not any(_inside(path, prefix) for path in theirs):
         theirs = {f"{prefix}/{path}": leaf for path, leaf in theirs.items()}
-    used = [path for path in own if path in theirs]
+    used = sorted(own & theirs.keys())
+    unused = sorted(path for path in theirs if _inside(path, prefix) and path not in own)
+    missing = sorted(own - theirs.keys())
+    for group, leaves, where in ((missing, unused, "the source"), (unused, missing, "the state")):
+        if pair := next(((g, leaf) for leaf in leaves for g in group if g.startswith(f"{leaf}/")), None):
+            raise ValueError(f"start_from: {pair[1]} is an array in {where}, where the other has a group ({pair[0]})")
     if not used:
         raise ValueError(
-            f"start_from: nothing of the source fits {prefix!r}; the source has {_summary(theirs)}, the state "
+            f"start_from: nothing of the source fits {prefix!r}; the source has {_summary(given)}, the state "
             f"{_summary(own)}"
         )
     for path in used:
         new[path] = _taken(path, new[path], theirs[path])
-    unused = sorted(path for path in theirs if _inside(path, prefix) and path not in own)
-    missing = sorted(path for path in own if path not in theirs)
-    return unflatten_dict(new, sep="/"), MergeReport(tuple(sorted(used)), tuple(unused), tuple(missing))
+    return unflatten_dict(new, sep="/"), MergeReport(tuple(used), tuple(unused), tuple(missing))
 
 
 def _taken(path: str, old: Any, new: Any) -> Any:

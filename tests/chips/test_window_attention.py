@@ -1,6 +1,7 @@
 """Window attention: the formula, its gradients by hand, and the TPU kernels in interpret mode, are one function."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,13 @@ def wrong(which, position):
     return pair
 
 
+def broken(window, regions):
+    def raises(*args):
+        raise ValueError("no such chip")
+
+    return raises, raises
+
+
 def test_self_check_passes_the_kernels_and_catches_a_wrong_sign():
     assert window_attention.self_check(fused) < 1e-5
     for which, position in ((0, 0), (1, 0), (1, 3)):
@@ -138,10 +146,20 @@ def test_self_check_runs_while_a_program_is_traced(monkeypatch, caplog):
     """On a TPU, whose kernels a CPU runs in interpret mode; a wrong one is not used, and said."""
     args, _, _ = operands(5, 4, 32, False)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    for kernels, trusted in ((fused, True), (wrong(0, 0), False)):
+    cases = ((fused, ""), (wrong(0, 0), "differ from the formula by"), (broken, "cannot be compiled (ValueError: no"))
+    for kernels, problem in cases:
         monkeypatch.setattr(window_attention, "_kernels", kernels)
         window_attention._trusted.cache_clear()
         program = str(jax.make_jaxpr(window_attention.attention(5, None))(*args))
-        assert ("forward_kernel" in program) == trusted
-        assert ("differ from the formula by" in caplog.text) != trusted
+        assert ("forward_kernel" in program) == (not problem)
+        assert problem in caplog.text
+        assert bool(caplog.text) == bool(problem)
+        caplog.clear()
     window_attention._trusted.cache_clear()
+
+
+def test_chips_with_little_memory_get_the_formula(monkeypatch):
+    args, _, _ = operands(30, 4, 32, False)
+    assert "forward_kernel" in str(jax.make_jaxpr(window_attention.attention(30, None))(*args))
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v4")])
+    assert "forward_kernel" not in str(jax.make_jaxpr(window_attention.attention(30, None))(*args))
