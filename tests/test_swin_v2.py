@@ -210,6 +210,42 @@ def test_remat_changes_nothing_but_memory(images, variables, policy):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize(("shift", "remat"), [(False, "none"), (True, "blocks")])
+def test_equal_blocks_as_a_loop_are_the_blocks_one_after_the_other(monkeypatch, shift, remat):
+    sizes = {"embed_dim": 8, "depths": (6,), "num_heads": (2,), "windows": (3,), "pretrain_windows": (3,)}
+    model = SwinV2(**sizes, use_shift=(shift,), remat=remat)
+    images = jax.random.normal(jax.random.key(0), (2, 24, 20, 3))
+    variables = model.init(jax.random.key(1), images)
+
+    def loss_and_gradient():
+        return jax.value_and_grad(lambda v, x: jnp.sum(jnp.sin(model.apply(v, x))))(variables, images)
+
+    assert f"length={3 if shift else 6}" in str(jax.make_jaxpr(loss_and_gradient)())
+    looped = jax.jit(loss_and_gradient)()
+    monkeypatch.setattr(swin_v2, "SCANNED", 7)
+    unrolled = jax.jit(lambda: loss_and_gradient())()
+    for ours, theirs in zip(jax.tree.leaves(looped), jax.tree.leaves(unrolled), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_looped_blocks_drop_paths_at_their_own_rates():
+    sizes = {"embed_dim": 8, "depths": (6,), "num_heads": (2,), "windows": (3,), "pretrain_windows": (3,)}
+    model = SwinV2(**sizes, use_shift=(False,), drop_path=1 - 1e-6)
+    images = jax.random.normal(jax.random.key(0), (4, 12, 12, 3))
+    variables = model.init(jax.random.key(1), images)
+
+    def gradient(rng):
+        def loss(v):
+            return jnp.sum(jnp.sin(model.apply(v, images, True, rngs={"dropout": rng})))
+
+        return jax.grad(loss)(variables)["params"]["layers_0"]
+
+    found = jax.jit(gradient)(jax.random.key(2))
+    norms = [float(jnp.linalg.norm(found[f"blocks_{j}"]["mlp"]["fc2"]["kernel"])) for j in range(6)]
+    assert norms[0] > 0  # never dropped
+    assert norms[5] == 0  # always
+
+
 def test_batch_and_dtype(images, variables):
     """Examples do not see each other; bfloat16 computes close to float32 and returns float32."""
     apply = jax.jit(lambda x: TINY.apply(variables, x))

@@ -25,14 +25,14 @@ class Widths:
         dim: channels in and out.
         num_heads: of the attention; divides `dim`.
         hidden: channels inside the MLP.
-        drop_path, dropout: probabilities, of a whole branch and inside the MLP.
+        drop_path, dropout: probabilities, of a whole branch (may be traced) and inside the MLP.
         dtype, param_dtype: of arithmetic and of parameters.
     """
 
     dim: int
     num_heads: int
     hidden: int
-    drop_path: float = 0.0
+    drop_path: float | jax.Array = 0.0
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -54,15 +54,15 @@ class Widths:
 class DropPath(nn.Module):
     """Drops the branch of whole examples with probability `rate`; rng stream `dropout`."""
 
-    rate: float
+    rate: float | jax.Array
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        if not train or self.rate == 0.0:
+        if not train or (isinstance(self.rate, float) and self.rate == 0.0):
             return x
         keep = 1 - self.rate
         mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
-        return x * mask.astype(x.dtype) / keep
+        return x * (mask / keep).astype(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -91,3 +91,9 @@ def rematerialized(block: type[nn.Module], remat: str, train_argument: int) -> t
     """
     policy = REMAT[remat]
     return block if policy is None else nn.remat(block, policy=policy, static_argnums=(train_argument,))
+
+
+def checkpointed(function: Callable, remat: str) -> Callable:
+    """A function under a policy of REMAT."""
+    policy = REMAT[remat]
+    return function if policy is None else jax.checkpoint(function, policy=policy, prevent_cse=False)

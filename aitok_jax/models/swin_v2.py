@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from aitok_jax.models import stem
-from aitok_jax.models.layers import DropPath, Mlp, Widths, check_remat, rematerialized, trunc_normal
+from aitok_jax.models.layers import DropPath, Mlp, Widths, check_remat, checkpointed, rematerialized, trunc_normal
 from aitok_jax.models.window_attention import WindowAttention
 
 EPSILON = 1e-6  # of all LayerNorms here
+SCANNED = 4  # blocks of a stage from which on they are compiled as a loop
 
 
 def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarray:
@@ -117,12 +118,35 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
         """Returns (the stage's map, the next stage's input)."""
-        block_type = rematerialized(SwinBlock, self.remat, train_argument=2)
-        for j, drop_path in enumerate(self.drop_paths):
-            widths = dataclasses.replace(self.widths, drop_path=drop_path)
-            shift = self.window // 2 if self.use_shift and j % 2 else 0
-            x = block_type(widths, self.window, self.pretrain_window, shift, name=f"blocks_{j}")(x, train)
+        period = 2 if self.use_shift else 1
+        if len(self.drop_paths) >= SCANNED and len(self.drop_paths) % period == 0 and not self.is_initializing():
+            x = self._scan(x, train, period)
+        else:
+            block_type = rematerialized(SwinBlock, self.remat, train_argument=2)
+            for j, drop_path in enumerate(self.drop_paths):
+                x = block_type(*self._block(j, drop_path), name=f"blocks_{j}")(x, train)
         return x, PatchMerging(self.widths, name="downsample")(x) if self.downsample else x
+
+    def _block(self, j: int, drop_path: float | jax.Array) -> tuple[Widths, int, int, int]:
+        shift = self.window // 2 if self.use_shift and j % 2 else 0
+        return dataclasses.replace(self.widths, drop_path=drop_path), self.window, self.pretrain_window, shift
+
+    def _scan(self, x: jax.Array, train: bool, period: int) -> jax.Array:
+        """Equal blocks, or pairs of blocks, are compiled once: a loop over their parameters, stacked here alone."""
+        rates = np.asarray(self.drop_paths, np.float32).reshape(-1, period)
+        drops = train and rates.any()
+
+        def repeat(x, given):
+            params, rates, keys = given
+            for j in range(period):
+                block = SwinBlock(*self._block(j, rates[j] if drops else 0.0), parent=None)
+                x = block.apply({"params": params[j]}, x, train, rngs={"dropout": keys[j]} if drops else {})
+            return x, None
+
+        each = [self.get_variable("params", f"blocks_{j}") for j in range(len(self.drop_paths))]
+        params = tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each[j::period]) for j in range(period))
+        keys = jax.random.split(self.make_rng("dropout"), rates.shape) if drops else rates
+        return jax.lax.scan(checkpointed(repeat, self.remat), x, (params, rates, keys))[0]
 
 
 class SwinV2(nn.Module):
