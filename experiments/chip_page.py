@@ -14,6 +14,7 @@ COLUMNS = {  # of a training step: heading -> (key, format)
     "bound %": ("bound_mfu", ".1%"),
     "HBM GB": ("hbm_gb", ".3g"),
     "plan GiB": ("peak_gib", ".3g"),
+    "peak GB": ("peak_gb", ".3g"),
     "loss": ("loss", ".3g"),
 }
 DECODING = {
@@ -57,7 +58,7 @@ def _device(entry: dict[str, Any]) -> Iterator[str]:
     found = entry.get("packages", {})
     yield ", ".join(f"{name} {version}" for name, version in found.items() if version)
     absent = [name for name, version in found.items() if not version]
-    yield f"not installed: {', '.join(absent)}" if absent else "all packages are installed; TensorFlow is not needed"
+    yield f"not installed: {', '.join(absent)}; parts that cannot do without say so" if absent else "nothing is missing"
     if "hbm_gb_s" in entry:
         measured = f"{entry['float32_tflops']:.2f} TFLOP/s float32, {entry['bfloat16_tflops']:.2f} bfloat16"
         yield f"measured: {measured}, copy {entry['copy_gb_s']:.0f} GB/s"

@@ -35,7 +35,7 @@ def train(given: Given, report: Report) -> None:
     step, state, key = _compiled(run, next(batches))
     report(compile_s=time.monotonic() - started - report.numbers["render_s"])
     losses, began = [], time.monotonic()
-    until = min(SECONDS, report.left() - 5)
+    until = min(SECONDS / 4 if given["small"] else SECONDS, report.left() - 5)
     while time.monotonic() - began < until:
         state, metrics = step(state, sharding.shard_batch(next(batches), run.mesh), key)
         losses.append(float(metrics["loss"]))

@@ -123,7 +123,7 @@ class Step:
         loss, stats = float(metrics["loss"]), jax.devices()[0].memory_stats() or {}
         numbers = {"step_ms": step_ms, "images_s": 1e3 * self.numbers["batch"] / step_ms}
         numbers |= {"mfu": self.peak_flop_ms / step_ms, "loss": loss, "finite": bool(np.isfinite(loss))}
-        return numbers | {"peak_gb": stats.get("peak_bytes_in_use", 0) / 1e9}
+        return numbers | ({"peak_gb": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {})
 
 
 def _batch(shapes: dict[str, Any], rng: np.random.Generator) -> dict[str, jax.Array]:
