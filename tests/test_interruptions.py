@@ -163,19 +163,20 @@ def test_it_goes_on_with_other_devices_or_says_what_is_wrong(run, whole, tmp_pat
     processes = {}
     for name, options in {
         "fsdp": {"devices": 2, "fsdp": 4},
-        "batch": {"devices": 3},
+        "batch": {"devices": 3, "accumulate": 2},
+        "three": {"devices": 3},
         "one": {},
         "two": {"devices": 2, "fsdp": 2},
     }.items():
         shutil.copytree(workdir, tmp_path / name)
         processes[name] = run(folder=name, train_steps=6, **options)
     codes = {name: toy_run.finish(process) for name, process in processes.items()}
-    assert codes == {"fsdp": 1, "batch": 1, "one": 0, "two": 0}
+    assert codes == {"fsdp": 1, "batch": 1, "three": 0, "one": 0, "two": 0}
     assert "fsdp=4 must divide the 2 devices; use one of [1, 2]" in toy_run.output(tmp_path / "fsdp")
-    wrong = "batch_size=8 must be divisible by 3 devices; use 6 or 9"
+    wrong = "batch_size=8 must be divisible by 3 devices times 2 micro-batches (accumulate); use 6 or 12"
     assert wrong in toy_run.output(tmp_path / "batch")
     assert_same_bits(toy_run.state(tmp_path / "batch"), saved)
-    for name in ("one", "two"):
+    for name in ("one", "two", "three"):
         assert_same_bits(toy_run.state(tmp_path / name, 4), saved)
         a, b = toy_run.state(tmp_path / name, 6), toy_run.state(whole, 6)
         assert a["step"] == 6

@@ -30,7 +30,7 @@ def small(name: str):
     """A published configuration, shrunk in every size, on the scenes."""
     config = config_files.load(name)
     for key in ("batch_size", "eval_batch_size"):
-        config.update({key: 8 if isinstance(config[key], int) else {"depth": 8, "instances": 16}})
+        config.update({key: 8 if isinstance(config[key], int) else {"depth": 4, "instances": 16}})  # 4 of 8 devices
     config.train_steps, config.eval_every, config.log_every = 4, 0, 2
     return config
 

@@ -62,6 +62,22 @@ def test_what_is_not_annotated_does_not_count(maps):
         np.testing.assert_array_equal(gradient, 0)
 
 
+def test_rows_of_weight_0_do_not_count():
+    """They have no gradient either; the others' is that of the rows alone."""
+    rng = np.random.default_rng(3)
+    p, t = (rng.uniform(1, 9, (4, 3, 2, 3)).astype(np.float32) for _ in range(2))
+    t[:, 0, 0] = 0
+    weight = np.array([1, 0, 1, 0], np.float32)
+    labels = rng.integers(-1, 3, (4, 3, 2))
+    cases = [(name, loss, t) for name, loss in losses.RECONSTRUCTION.items()]
+    for name, loss, target in [*cases, ("cross_entropy", losses.cross_entropy, labels)]:
+        value, gradient = jax.value_and_grad(loss)(p, target, weight)
+        alone, expected = jax.value_and_grad(loss)(p[::2], target[::2])
+        np.testing.assert_allclose(value, alone, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(gradient[::2], expected, rtol=1e-5, atol=1e-8, err_msg=name)
+        np.testing.assert_array_equal(gradient[1::2], 0, err_msg=name)
+
+
 def test_vectors_count_where_they_are_not_all_zero():
     """Zero and negative components of others count."""
     target = np.array([[[0, 0, 0], [0, -1, 0], [1, 0, 0]]], np.float32)

@@ -37,6 +37,7 @@ def small_config():
         stage.data.render.update({"train": 16, "test": 6})
         stage.task.tokenizer.update({"hidden": 4, "num_res_blocks": 1})
         stage.optim.name, stage.eval_variants = "adamw", {}
+    config.stages.depth.batch_size = 2  # of 4 devices: the second process has no example of its own
     task = config.stages.depth.task
     task.flip, task.memory_weight = False, 0.0
     task.backbone.update({"stem": (), "stem_blocks": 0, "embed_dim": 16})

@@ -97,6 +97,26 @@ def test_resume_is_bitwise(start):
         assert_same(a, b)
 
 
+@pytest.mark.parametrize(("hosts", "shards", "rows"), [(1, 8, 8), (2, 4, 8), (2, 6, 6), (4, 8, 8), (8, 8, 8)])
+def test_batches_are_filled_up_for_the_devices(hosts, shards, rows):
+    """At the end of all hosts' rows, by repeated ones; 5 examples, of which some hosts may have none."""
+    source, options = Frames(7), {"batch_size": 5, "seed": 5, "start_step": 2}
+    plain = take(pipeline.train_batches(source, SOLVER, **options), 2)
+    shares = [
+        take(pipeline.train_batches(source, SOLVER, **options, process_index=i, process_count=hosts, shards=shards), 2)
+        for i in range(hosts)
+    ]
+    for step, batch in enumerate(plain):
+        assert {len(share[step]["id"]) for share in shares} == {rows // hosts}
+        joined = {key: np.concatenate([share[step][key] for share in shares]) for key in shares[0][step]}
+        np.testing.assert_array_equal(joined.pop("weight"), np.arange(rows) < 5)
+        assert joined["id"].max() < 7
+        assert_same({key: values[:5] for key, values in joined.items()}, batch)
+        for values in joined.values():
+            assert all((row == values[4]).all() for row in values[5:])
+    assert "weight" not in take(pipeline.train_batches(source, SOLVER, **options, shards=5), 1)[0]
+
+
 @pytest.mark.parametrize("hosts", [2, 3])
 def test_hosts_share_the_batch_of_one(hosts):
     source = Frames(7)

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import toy_run
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
 from aitok_jax import main, tasks
 from aitok_jax.config import to_json, translated
+from aitok_jax.models import losses
 from aitok_jax.parallel import sharding
 from aitok_jax.training import checkpoint, loop, setup
 from configs import common
@@ -64,8 +66,9 @@ class LineTask:
         count = model_state["seen"]["count"]
         error = part.predict(params, model_state, batch)["depth"] - batch["depth"]
         error = error + part.noise * jax.random.normal(rng, error.shape)
-        loss = jnp.mean(error**2) * jnp.where(count + 1 == part.broken_at, jnp.nan, 1.0)
-        return loss, ({"error": jnp.abs(error).mean()}, model_state | {"seen": {"count": count + 1}})
+        weight = batch.get("weight")
+        loss = losses.mean(error**2, weight) * jnp.where(count + 1 == part.broken_at, jnp.nan, 1.0)
+        return loss, ({"error": losses.mean(jnp.abs(error), weight)}, model_state | {"seen": {"count": count + 1}})
 
 
 def _batch(seed, step, size):
@@ -99,13 +102,13 @@ def toy(monkeypatch, compile_cache):
     """Puts the toy task, data and evaluator in place; `steps` lists the data steps read, `fail_at` breaks the data."""
     toy = SimpleNamespace(steps=[], fail_at=None, evaluations=[], examples=64)
 
-    def train_batches(source, transform, *, batch_size, seed, start_step, process_index, process_count):
+    def train_batches(source, transform, *, batch_size, seed, start_step, process_index, process_count, shards):
         step = start_step
         while True:
             if step == toy.fail_at:
                 raise OSError("disk gone")
             toy.steps.append(step)
-            yield _batch(seed, step, batch_size)
+            yield toy_run.fill_up(_batch(seed, step, batch_size), shards)
             step += 1
 
     def evaluate(part, params, model_state, data, *, batch_size, mesh, prefix, baseline, panels_dir):
@@ -328,6 +331,28 @@ def test_batches_are_split_over_all_devices():
         sharding.shard_batch(_batch(0, 0, 12), mesh)
 
 
+def test_batches_that_do_not_divide_train_as_those_of_one_device(toy, tmp_path, monkeypatch):
+    """The loop fills them up; evaluation takes the next size that divides."""
+    sizes, evaluate = [], loop.evaluators.evaluate
+
+    def evaluated(*args, batch_size, **options):
+        sizes.append(batch_size)
+        return evaluate(*args, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(loop.evaluators, "evaluate", evaluated)
+    config = {"batch_size": 12, "eval_batch_size": 5, "train_steps": 3, "log_every": 1}
+    loop.train(_config(**config), tmp_path / "all")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(setup.sharding, "make_mesh", lambda fsdp: mesh)
+    loop.train(_config(**config), tmp_path / "one")
+    assert sizes == [8, 5]
+    ours, expected = ([line for line in _lines(tmp_path / name) if "loss" in line] for name in ("all", "one"))
+    assert len(expected) == 3
+    for a, b in zip(ours, expected, strict=True):
+        for name in ("loss", "error", "grad_norm"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-6, err_msg=name)
+
+
 def test_randomness_changes_from_step_to_step(toy, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "_batch", lambda seed, step, size: _BATCH(0, 0, size))
     loop.train(_config(train_steps=2, log_every=1, optim__learning_rate=0.0), tmp_path)
@@ -338,8 +363,9 @@ def test_randomness_changes_from_step_to_step(toy, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 30}, "batch_size=30 must be divisible by 8 devices; use 24 or 32"),
-        ({"eval_batch_size": 4}, "eval_batch_size=4 must be divisible by 8 devices; use 8"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"eval_batch_size": -8}, "eval_batch_size=-8 must be at least 1"),
+        ({"batch_size": 12, "accumulate": 2}, "batch_size=12 must be divisible by 8 devices times 2 micro-batches"),
         ({"accumulate": 3}, r"batch_size=16 must be divisible by 8 devices times 3 micro-batches .*; use 24"),
         ({"accumulate": 0}, "accumulate=0 must be at least 1"),
         ({"fsdp": 3}, r"fsdp=3 must divide the 8 devices; use one of \[1, 2, 4, 8\]"),

@@ -24,6 +24,8 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from aitok_jax import main, tasks
+from aitok_jax.data import pipeline
+from aitok_jax.models import losses
 from aitok_jax.training import checkpoint, loop, preemption, run_dir, setup
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -58,7 +60,8 @@ class LineTask:
         batch = batches["line"]
         error = self.parts["line"].predict(params, model_state, batch)["depth"] - batch["depth"]
         error = error + self.noise * jax.random.normal(rng, error.shape)
-        return jnp.mean(error**2), ({}, model_state | {"seen": {"count": model_state["seen"]["count"] + 1}})
+        count = model_state["seen"]["count"] + 1
+        return losses.mean(error**2, batch.get("weight")), ({}, model_state | {"seen": {"count": count}})
 
 
 def batch(seed, step, size):
@@ -91,12 +94,20 @@ def config(**changes):
     ).lock()
 
 
-def _train_batches(source, transform, *, batch_size, seed, start_step, process_index, process_count):
-    local = batch_size // process_count
+def fill_up(batch, shards):
+    """As `pipeline.train_batches` fills batches up, on one host."""
+    size = len(batch["id"])
+    rows = pipeline.full_size(size, shards)
+    return batch if rows == size else pipeline.fill_up(batch, rows, real=size)
+
+
+def _train_batches(source, transform, *, batch_size, seed, start_step, process_index, process_count, shards):
+    local = pipeline.full_size(batch_size, shards) // process_count
     rows = slice(local * process_index, local * (process_index + 1))
     for step in itertools.count(start_step):
         time.sleep(0.01)  # so that a signal comes before the end
-        yield {name: values[rows] for name, values in batch(seed, step, batch_size).items()}
+        full = fill_up(batch(seed, step, batch_size), shards)
+        yield {name: values[rows] for name, values in full.items()}
 
 
 def _evaluate(part, params, model_state, data, *, batch_size, prefix, **_):

@@ -48,6 +48,7 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    shards: int = 1,
 ) -> Iterator[Batch]:
     """Endless shuffled batches from `start_step` on; this host's share of each.
 
@@ -57,12 +58,17 @@ def train_batches(
       transform: `transform(example, seed)` in TensorFlow ops, which brings all examples to one size; or a
         HostTransform, which runs in Python with a generator made from (seed, position).
       batch_size: examples of all hosts together; host i gets slots [i*B/P, (i+1)*B/P).
+      shards: devices of all hosts, a multiple of P. Where they do not divide the batch, it is filled up as `fill_up`
+        does it; B is the `full_size`, and slots from batch_size on are not real.
 
     Returns:
       An iterator of dicts: what the transform gives, batched, with `mask` float32[B/P] = 1 and `id` int32[B/P].
       Arrays may be read-only. The source's own exceptions come out of `next` as they were raised.
     """
-    local = _local_batch(source, batch_size, process_index, process_count)
+    full = full_size(batch_size, shards)
+    local = _local_batch(source, full, process_index, process_count)
+    real = min(max(batch_size - process_index * local, 0), local)
+    read, first_slot = max(real, 1), min(process_index * local, batch_size - 1)
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must not be negative")
     tf = _tensorflow()
@@ -72,7 +78,7 @@ def train_batches(
     offsets, slots = np.cumsum(sizes) - sizes, np.cumsum(own_slots) - own_slots
 
     def place(count):
-        position = _position(count, local, batch_size, process_index)
+        position = _position(count, read, batch_size, first_slot)
         slot = position % batch_size
         part = tf.math.count_nonzero(slot >= slots[1:])
         size, share, offset, first = (tf.gather(values, part) for values in (sizes, own_slots, offsets, slots))
@@ -81,8 +87,23 @@ def train_batches(
         index = offset + tf.random.experimental.index_shuffle(own % size, epoch, size - 1)
         return position, index, tf.constant(True)
 
-    counts = tf.data.Dataset.range(start_step * local, np.iinfo(np.int64).max)
-    return _batches(counts, place, source, transform, key, local, replace_broken=True)
+    counts = tf.data.Dataset.range(start_step * read, np.iinfo(np.int64).max)
+    batches = _batches(counts, place, source, transform, key, read, replace_broken=True)
+    return batches if full == batch_size else (fill_up(batch, local, real) for batch in batches)
+
+
+def full_size(batch_size: int, shards: int) -> int:
+    """The batch size, or the next that is a multiple of `shards`."""
+    return -(-batch_size // shards) * shards
+
+
+def fill_up(batch: Batch, rows: int, real: int) -> Batch:
+    """`rows` rows, the last one repeated, with `weight` float32[rows]: 1 for the first `real`, 0 for those after them.
+
+    Rows of a real example have finite losses, so that what has weight 0 has a gradient of 0.
+    """
+    filled = {key: values[np.minimum(np.arange(rows), len(values) - 1)] for key, values in batch.items()}
+    return filled | {"weight": (np.arange(rows) < real).astype(np.float32)}
 
 
 def eval_batches(
@@ -102,7 +123,7 @@ def eval_batches(
     tf = _tensorflow()
 
     def place(count):
-        position = _position(count, local, batch_size, process_index)
+        position = _position(count, local, batch_size, process_index * local)
         real = position < len(source)
         return position, tf.where(real, position, 0), real
 
@@ -227,9 +248,9 @@ def _iterate(dataset, failures) -> Iterator[Batch]:
     return result
 
 
-def _position(count, local, batch_size, process_index):
+def _position(count, local, batch_size, first_slot):
     """Position among the examples of all hosts of the count-th example of this host."""
-    return count // local * batch_size + process_index * local + count % local
+    return count // local * batch_size + first_slot + count % local
 
 
 def _local_batch(source, batch_size, process_index, process_count) -> int:

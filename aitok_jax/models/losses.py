@@ -1,39 +1,63 @@
-"""Losses as pure functions; all of them compute in float32 and return a float32 scalar."""
+"""Losses as pure functions; all of them compute in float32 and return a float32 scalar.
+
+`weight_B` f32[B], by default all 1, is 0 for the rows of [B, ...] that fill a batch up: they do not count.
+"""
 
 import jax
 import jax.numpy as jnp
 import optax
 
+Weight = jax.Array | None
 
-def mse(prediction: jax.Array, target: jax.Array) -> jax.Array:
+
+def mean(x: jax.Array, weight_B: Weight = None) -> jax.Array:
+    """Mean over all elements of [B, ...]."""
+    if weight_B is None:
+        return jnp.mean(x)
+    return jnp.sum(real_rows(x, weight_B)) / (jnp.sum(weight_B) * (x.size // x.shape[0]))
+
+
+def real_rows(x: jax.Array, weight_B: Weight) -> jax.Array:
+    """[B, ...] with zeros, or False, in the rows of weight 0."""
+    if weight_B is None:
+        return x
+    return jnp.where(weight_B.reshape(-1, *[1] * (x.ndim - 1)) > 0, x, jnp.zeros_like(x))
+
+
+def mse(prediction: jax.Array, target: jax.Array, weight_B: Weight = None) -> jax.Array:
     """Mean squared error over all elements of two arrays of one shape."""
-    return jnp.mean(jnp.square(_f32(prediction) - _f32(target)))
+    return mean(jnp.square(_f32(prediction) - _f32(target)), weight_B)
 
 
-def l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
+def l1(prediction: jax.Array, target: jax.Array, weight_B: Weight = None) -> jax.Array:
     """Mean absolute error over all elements of two arrays of one shape."""
-    return jnp.mean(jnp.abs(_f32(prediction) - _f32(target)))
+    return mean(jnp.abs(_f32(prediction) - _f32(target)), weight_B)
 
 
-def smooth_l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
+def smooth_l1(prediction: jax.Array, target: jax.Array, weight_B: Weight = None) -> jax.Array:
     """Huber loss with threshold 1, mean over all elements."""
-    return jnp.mean(optax.huber_loss(_f32(prediction), _f32(target), delta=1.0))
+    return mean(optax.huber_loss(_f32(prediction), _f32(target), delta=1.0), weight_B)
 
 
-def mse_ignore_zero(prediction: jax.Array, target: jax.Array) -> jax.Array:
+def mse_ignore_zero(prediction: jax.Array, target: jax.Array, weight_B: Weight = None) -> jax.Array:
     """Mean squared error over the elements with target > 0; 0 where there are none."""
-    valid = target > 0
+    valid = real_rows(target > 0, weight_B)
     return _masked_mean(jnp.square(_f32(prediction) - _f32(target)), valid)
 
 
-def mse_annotated(prediction: jax.Array, target: jax.Array) -> jax.Array:
+def mse_annotated(prediction: jax.Array, target: jax.Array, weight_B: Weight = None) -> jax.Array:
     """Mean squared error over the places of [..., C] where the target is not all zero; 0 where there are none."""
-    valid = jnp.any(target != 0, -1, keepdims=True)
+    valid = real_rows(jnp.any(target != 0, -1, keepdims=True), weight_B)
     return _masked_mean(jnp.square(_f32(prediction) - _f32(target)), jnp.broadcast_to(valid, target.shape))
 
 
 def silog(
-    prediction: jax.Array, target: jax.Array, *, min_prediction: float | None = None, variance_focus: float = 0.5
+    prediction: jax.Array,
+    target: jax.Array,
+    weight_B: Weight = None,
+    *,
+    min_prediction: float | None = None,
+    variance_focus: float = 0.5,
 ) -> jax.Array:
     """Scale-invariant log loss sqrt(mean d² − λ (mean d)²), d = log target − log prediction, over target > 0.
 
@@ -48,16 +72,16 @@ def silog(
     prediction, target = _f32(prediction), _f32(target)
     if min_prediction is not None:
         prediction = jnp.maximum(prediction, min_prediction)
-    valid = target > 0
+    valid = real_rows(target > 0, weight_B)
     d = jnp.log(jnp.where(valid, target, 1.0)) - jnp.log(jnp.where(valid, prediction, 1.0))
     variance = _masked_mean(jnp.square(d), valid) - variance_focus * jnp.square(_masked_mean(d, valid))
     positive = variance > 0  # the square root has no finite gradient at 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore: int = -1) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array, weight_B: Weight = None, *, ignore: int = -1) -> jax.Array:
     """Mean cross-entropy of logits [..., K] against int labels [...], over labels other than `ignore`."""
-    valid = labels != ignore
+    valid = real_rows(labels != ignore, weight_B)
     losses = optax.softmax_cross_entropy_with_integer_labels(_f32(logits), jnp.where(valid, labels, 0))
     return _masked_mean(losses, valid)
 

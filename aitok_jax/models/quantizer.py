@@ -104,16 +104,20 @@ class Quantizer(nn.Module):
         """Soft tokens: f32[..., K] -> f32[..., D], the probability-weighted mean of the codes."""
         return jnp.einsum("...k,kd->...d", probabilities.astype(jnp.float32), self.table)
 
-    def __call__(self, z: jax.Array, train: bool = False) -> Quantized:
-        """Quantizes z [..., D]; in training also moves the EMA codebook (after the assignment and the loss)."""
+    def __call__(self, z: jax.Array, train: bool = False, weight_B: jax.Array | None = None) -> Quantized:
+        """Quantizes z [..., D]; in training also moves the EMA codebook (after the assignment and the loss).
+
+        Where `weight_B` f32[B] is given, rows of z [B, ..., D] with weight 0 count nowhere.
+        """
         z = z.astype(jnp.float32)
         codes = nearest_codes(z, self.table)
         quantized = self.lookup(codes)
-        loss = self.commitment_cost * losses.mse(z, jax.lax.stop_gradient(quantized))
-        one_hot_NK = jax.nn.one_hot(codes.reshape(-1), self.num_codes)
+        loss = self.commitment_cost * losses.mse(z, jax.lax.stop_gradient(quantized), weight_B)
+        weight_N = None if weight_B is None else jnp.repeat(weight_B, codes.size // codes.shape[0])
+        one_hot_NK = losses.real_rows(jax.nn.one_hot(codes.reshape(-1), self.num_codes), weight_N)
         counts_K = one_hot_NK.sum(0)
         if train and not self.is_initializing():
-            self._learn(jax.lax.stop_gradient(z).reshape(-1, self.code_dim), one_hot_NK, counts_K)
+            self._learn(jax.lax.stop_gradient(z).reshape(-1, self.code_dim), one_hot_NK, counts_K, weight_N)
         share_K = counts_K / jnp.sum(counts_K)
         return Quantized(
             z=z + jax.lax.stop_gradient(quantized - z),
@@ -133,11 +137,11 @@ class Quantizer(nn.Module):
         """Needs `codebook` to be mutable."""
         self._move(*(self.get_variable("pending", name) for name in ("counts", "sums", "picks")))
 
-    def _learn(self, z_ND: jax.Array, one_hot_NK: jax.Array, counts_K: jax.Array) -> None:
+    def _learn(self, z_ND: jax.Array, one_hot_NK: jax.Array, counts_K: jax.Array, weight_N: jax.Array | None) -> None:
         sums_KD = jnp.einsum("nk,nd->kd", one_hot_NK, z_ND, precision="highest")
         picks_KD = None
         if self.restart_threshold > 0:
-            picks_KD = z_ND[jax.random.randint(self.make_rng("restart"), counts_K.shape, 0, z_ND.shape[0])]
+            picks_KD = z_ND[self._draw(z_ND.shape[0], weight_N)]
         if not self.has_variable("pending", "counts"):
             self._move(counts_K, sums_KD, picks_KD)
             return
@@ -145,6 +149,14 @@ class Quantizer(nn.Module):
             self.put_variable("pending", name, self.get_variable("pending", name) + value)
         if picks_KD is not None:
             self.put_variable("pending", "picks", picks_KD)  # the last micro-batch's: rows are in random order
+
+    def _draw(self, count: int, weight_N: jax.Array | None) -> jax.Array:
+        """int32[K] random indices below `count`, of those whose weight is not 0."""
+        rng, shape = self.make_rng("restart"), (self.num_codes,)
+        if weight_N is None:
+            return jax.random.randint(rng, shape, 0, count)
+        real_first_N = jnp.argsort(weight_N == 0, stable=True)
+        return real_first_N[jax.random.randint(rng, shape, 0, jnp.sum(weight_N).astype(jnp.int32))]
 
     def _move(self, counts_K: jax.Array, sums_KD: jax.Array, picks_KD: jax.Array | None) -> None:
         size_K, ema_w_KD, embedding_KD = ema_update(

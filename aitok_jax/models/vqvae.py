@@ -203,18 +203,24 @@ class VQVAE(nn.Module):
         """f32[B,h,w,K] probabilities of the codes -> map as `decode`."""
         return self._denormalize(self.decoder(self.quantizer.expect(probabilities)))
 
-    def __call__(self, x: jax.Array, target: jax.Array | None = None, train: bool = False) -> Reconstruction:
+    def __call__(
+        self,
+        x: jax.Array,
+        target: jax.Array | None = None,
+        train: bool = False,
+        weight_B: jax.Array | None = None,
+    ) -> Reconstruction:
         """Reconstructs x [B,H,W,C]; the loss is taken against `target` (x itself where None), in the network's space.
 
-        In training the EMA codebook moves: pass mutable=['codebook'].
+        In training the EMA codebook moves: pass mutable=['codebook']. Rows whose `weight_B` is 0 count nowhere.
         """
-        quantized = self.quantizer(self.encode_features(x), train)
+        quantized = self.quantizer(self.encode_features(x), train, weight_B)
         output = self.decoder(quantized.z)
         target = x if target is None else target
         if self.objective == CLASSIFICATION:
-            reconstruction = losses.cross_entropy(output, target)
+            reconstruction = losses.cross_entropy(output, target, weight_B)
         else:
-            reconstruction = losses.RECONSTRUCTION[self.objective](output, self._normalize(target))
+            reconstruction = losses.RECONSTRUCTION[self.objective](output, self._normalize(target), weight_B)
         return Reconstruction(reconstruction + quantized.loss, reconstruction, self._denormalize(output), quantized)
 
     def _normalize(self, x: jax.Array) -> jax.Array:

@@ -38,6 +38,9 @@ class Task(Protocol):
     `params` are trained by gradients; `model_state` is the rest: the EMA codebook of a tokenizer, the frozen tokenizers
     of a solver.
 
+    A batch that the devices do not divide is filled up: `weight` f32[B] is 0 for the rows that were added, which must
+    count nowhere, neither in loss, metrics nor `model_state`. Batches that divide have no such key.
+
     A task whose `model_state` moves by sums over a batch may have `open_step(model_state) -> model_state` and
     `close_step(model_state) -> model_state`, which come before and after the micro-batches of a step (`accumulate`).
     """

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from aitok_jax.models import losses
 from aitok_jax.models.decode_objects import CLASS_SLOT
 from aitok_jax.models.layers import INIT_STD
 from aitok_jax.models.swin_v2 import partition
@@ -58,11 +59,18 @@ def map_logits(head: Tree, memory_BMD: jax.Array, grid: int, codes: int) -> jax.
 
 
 def object_loss(
-    head: Tree, part: Any, params: Tree, memory_BMD: jax.Array, targets_BNL: jax.Array, real_BN: jax.Array
+    head: Tree,
+    part: Any,
+    params: Tree,
+    memory_BMD: jax.Array,
+    targets_BNL: jax.Array,
+    real_BN: jax.Array,
+    weight_B: jax.Array | None = None,
 ) -> jax.Array:
     """Mean cross-entropy of the tokens of the object at every memory vector.
 
-    That of boxes and masks where there is an object, plus that of the classes everywhere.
+    That of boxes and masks where there is an object, plus that of the classes everywhere. Rows with `weight_B` 0 must
+    have no object.
     """
     vocabulary, side = part.vocabulary, part.image_size // part.solver.backbone.stride
     tokens_BML, covered_BM = cell_tokens(vocabulary, targets_BNL, real_BN, part.image_size, side)
@@ -79,7 +87,7 @@ def object_loss(
         return summed / jnp.maximum(jnp.sum(covered_BM) * ce_BMn.shape[-1], 1)
 
     box, label, mask = ce_BML[..., :CLASS_SLOT], ce_BML[..., CLASS_SLOT], ce_BML[..., CLASS_SLOT + 1 :]
-    return covered_mean(box) + jnp.mean(label) + covered_mean(mask)
+    return covered_mean(box) + losses.mean(label, weight_B) + covered_mean(mask)
 
 
 def cell_tokens(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from aitok_jax.config import build_dataclass, unknown
+from aitok_jax.models import losses
 from aitok_jax.models.bins import BinsTokenizer
 from aitok_jax.models.decode import Decoded, decode
 from aitok_jax.models.task_solver import TaskSolver
@@ -105,14 +106,21 @@ class MapPart:
         return solver.Inputs(self._scaled(batch["image"]), tokens_BT, (targets_BT, map_))
 
     def score(
-        self, params: Tree, model_state: Tree, logits_BTV: jax.Array, memory_BMD: jax.Array, targets: tuple
+        self,
+        params: Tree,
+        model_state: Tree,
+        logits_BTV: jax.Array,
+        memory_BMD: jax.Array,
+        targets: tuple,
+        weight_B: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         targets_BT, map_ = targets
-        loss, metrics = self.token_loss(model_state, logits_BTV, targets_BT, map_)
+        map_ = losses.real_rows(map_, weight_B)  # zeros are no annotation
+        loss, metrics = self.token_loss(model_state, logits_BTV, targets_BT, map_, weight_B)
         if self.memory_weight:
             logits_BTK = from_scratch.map_logits(params[self._head], memory_BMD, self.grid, self.tokenizer.num_codes)
             codes_BT = targets_BT - self._codes.start
-            ce = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BTK, codes_BT))
+            ce = losses.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BTK, codes_BT), weight_B)
             auxiliary = self.modality.auxiliary(self._soft(model_state, logits_BTK), map_)
             metrics["memory_loss"] = ce + self.aux_weight * sum(auxiliary.values())
             loss += self.loss_weight * self.memory_weight * metrics["memory_loss"]
@@ -124,10 +132,19 @@ class MapPart:
         return self._codes.start + codes_Bhw.reshape(codes_Bhw.shape[0], -1)
 
     def token_loss(
-        self, model_state: Tree, logits_BTV: jax.Array, targets_BT: jax.Array, map_: jax.Array
+        self,
+        model_state: Tree,
+        logits_BTV: jax.Array,
+        targets_BT: jax.Array,
+        map_: jax.Array,
+        weight_B: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Cross-entropy over the whole vocabulary, plus the auxiliary loss of the softly detokenized map."""
-        ce = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT))
+        """Cross-entropy over the whole vocabulary, plus the auxiliary loss of the softly detokenized map.
+
+        Rows with `weight_B` 0 must have maps without annotation.
+        """
+        ce_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT)
+        ce = losses.mean(ce_BT, weight_B)
         metrics, loss = {"cross_entropy": ce}, ce
         if self.aux_weight:
             auxiliary = self.modality.auxiliary(self._soft(model_state, logits_BTV[..., self._codes.slice]), map_)

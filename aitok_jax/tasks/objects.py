@@ -118,15 +118,22 @@ class ObjectsPart:
         return solver.Inputs(solver.normalize(batch["image"]), tokens_BT, (targets_BNL, counted_BNL, crops))
 
     def score(
-        self, params: Tree, model_state: Tree, logits_BTV: jax.Array, memory_BMD: jax.Array, targets: tuple
+        self,
+        params: Tree,
+        model_state: Tree,
+        logits_BTV: jax.Array,
+        memory_BMD: jax.Array,
+        targets: tuple,
+        weight_B: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits_BNLV = logits_BTV.reshape(*targets[0].shape, logits_BTV.shape[-1])
-        loss, metrics = self.token_loss(model_state, logits_BNLV, *targets)
+        targets_BNL, counted_BNL, crops = targets
+        counted_BNL = losses.real_rows(counted_BNL, weight_B)
+        logits_BNLV = logits_BTV.reshape(*targets_BNL.shape, logits_BTV.shape[-1])
+        loss, metrics = self.token_loss(model_state, logits_BNLV, targets_BNL, counted_BNL, crops)
         if self.memory_weight:
-            targets_BNL, counted_BNL, _ = targets
             head = params["instances_memory_head"]
             metrics["memory_loss"] = from_scratch.object_loss(
-                head, self, params, memory_BMD, targets_BNL, counted_BNL[..., 0]
+                head, self, params, memory_BMD, targets_BNL, counted_BNL[..., 0], weight_B
             )
             loss += self.loss_weight * self.memory_weight * metrics["memory_loss"]
         return loss, metrics

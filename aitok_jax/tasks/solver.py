@@ -42,9 +42,15 @@ class SolverPart(Part, Protocol):
         """Inputs and targets of a training batch."""
 
     def score(
-        self, params: Tree, model_state: Tree, logits_BTV: jax.Array, memory_BMD: jax.Array, targets: Any
+        self,
+        params: Tree,
+        model_state: Tree,
+        logits_BTV: jax.Array,
+        memory_BMD: jax.Array,
+        targets: Any,
+        weight_B: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Weighted loss and named metrics of the teacher-forced logits."""
+        """Weighted loss and named metrics of the teacher-forced logits; `weight_B` is the batch's, see `base.Task`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,7 +113,8 @@ class SolverTask:
         )
         total, metrics = 0.0, {}
         for (name, part), (logits_BTV, memory_BMD) in zip(self.parts.items(), outputs, strict=True):
-            loss, own = part.score(params, model_state, logits_BTV, memory_BMD, inputs[name].targets)
+            targets, weight_B = inputs[name].targets, batches[name].get("weight")
+            loss, own = part.score(params, model_state, logits_BTV, memory_BMD, targets, weight_B)
             total += loss
             metrics |= {f"{part_prefix(self, name)}{key}": value for key, value in own.items()}
         return total, (metrics, model_state)

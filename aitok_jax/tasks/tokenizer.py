@@ -39,9 +39,17 @@ class TokenizerTask:
     def loss(
         self, params: Tree, model_state: Tree, batches: Mapping[str, Batch], rng: jax.Array
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
-        maps, target, restart_rng = self.part.examples(batches[self.name], rng)
-        variables, rngs = {"params": params, **model_state}, {"restart": restart_rng}
-        result, new_state = self.part.tokenizer.apply(variables, maps, target, train=True, mutable=MUTABLE, rngs=rngs)
+        batch = batches[self.name]
+        maps, target, restart_rng = self.part.examples(batch, rng)
+        result, new_state = self.part.tokenizer.apply(
+            {"params": params, **model_state},
+            maps,
+            target,
+            train=True,
+            weight_B=batch.get("weight"),
+            mutable=MUTABLE,
+            rngs={"restart": restart_rng},
+        )
         metrics = {
             "reconstruction": result.reconstruction_loss,
             "commitment": result.quantized.loss,

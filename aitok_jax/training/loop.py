@@ -93,6 +93,7 @@ def first_batches(run: Run, start: int) -> tuple[Iterator[dict], Batch]:
             start_step=start,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            shards=run.mesh.size,
         )
 
     each = {name: part_batches(name, run.config.batch_size[name]) for name in run.task.parts}
@@ -272,7 +273,7 @@ def _evaluate(
         params,
         model_state,
         run.data[part],
-        batch_size=run.config.eval_batch_size[part],
+        batch_size=pipeline.full_size(run.config.eval_batch_size[part], run.mesh.size),
         mesh=run.mesh,
         prefix=variant or part,
         baseline=baseline,

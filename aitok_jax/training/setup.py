@@ -81,9 +81,17 @@ def _check_values(config: ConfigDict) -> None:
 
 
 def _check_batch_sizes(run: Run) -> None:
-    """ValueError where a batch cannot be split over the devices, of which there may have been more before."""
-    for size in run.config.eval_batch_size.values():
-        sharding.check_batch_size(size, run.mesh, "eval_batch_size")
+    """ValueError where a batch is empty, or cannot be split evenly into micro-batches on all devices.
+
+    A run that goes on may have had other devices, or another `accumulate`.
+    """
+    for key in ("batch_size", "eval_batch_size"):
+        for part, size in run.config[key].items():
+            if size < 1:
+                name = f"{key}.{part_prefix(run.task, part)}".rstrip("./")
+                raise ValueError(f"{name}={size} must be at least 1")
+    if run.config.accumulate == 1:  # filled up where it does not divide
+        return
     for part, size in run.config.batch_size.items():
         try:
             name = f"batch_size.{part_prefix(run.task, part)}".rstrip("./")

@@ -68,7 +68,10 @@ class Modality(abc.ABC):
 
     @abc.abstractmethod
     def auxiliary(self, raw_BHWC: jax.Array, map_: jax.Array) -> dict[str, jax.Array]:
-        """The loss through soft tokens (arXiv 2301.02229, soft token) by its name: f32 scalars, which are added."""
+        """The loss through soft tokens (arXiv 2301.02229, soft token) by its name: f32 scalars, which are added.
+
+        Over the annotated pixels of all maps together: a map without any, all zeros, changes nothing.
+        """
 
     def mirror(self, map_: Any) -> Any:
         """A map, or what the VQ-VAE gives, whose columns were reversed -> that of the mirrored scene (any library)."""
