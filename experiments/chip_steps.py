@@ -146,8 +146,11 @@ def _batch(shapes: dict[str, Any], rng: np.random.Generator) -> dict[str, jax.Ar
 
 
 def steps(given: Given, report: Report) -> None:
-    """A row for a small batch, then for one that fills the memory, as far as there is time."""
-    config, rows, count = configuration(given), [], given["first"]
+    """A row for the first batch, then for one that fills the memory, as far as there is time."""
+    config, rows = configuration(given), []
+    count = (
+        given["first"] if given["small"] else max(int(given["first"] * min(1, given["device"]["memory_gb"] / 72)), 1)
+    )
     report(config=given["config"], rows=rows)
     while count:
         began, row = time.monotonic(), {"batch": count}
@@ -175,7 +178,8 @@ def _next(given: Given, rows: list[dict], needed_s: float, left_s: float) -> int
     if left_s < needed_s or len(rows) > 4:
         return 0
     if "out_of_memory" in last:
-        return last["batch"] * 3 // 4
+        half = last["batch"] // 2
+        return half if half > max((row["batch"] for row in rows if "mfu" in row), default=0) else 0
     if len(rows) > 1:
         return 0
     limit = FULL * given["device"]["memory_gb"] * 1e9 / chips.GIB

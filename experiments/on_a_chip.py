@@ -6,7 +6,7 @@ Parts, one after the other, each in a process with a time limit of its own:
     device      kind, memory, versions, commit, rates of a matrix product and of a copy
     attention   window attention against the plain formula on the CPU
     parity      the tests of tests/parity on the device, with products at the highest precision
-    steps       training steps of the published set-ups, at a small batch and at one that fills the memory
+    steps       training steps of the published set-ups, at a moderate batch and at one that fills the memory
     decoding    latency of all tokens of 1 and of 32 images
     quickstart  a minute of the joint training on built-in scenes
     profile     the ten largest operations of the step with the lowest MFU, and the trace in a folder beside FILE
@@ -60,6 +60,7 @@ class Run(NamedTuple):
 
 
 def _step(config: str, seconds: float, first: int, most: int = 512) -> Run:
+    """Of a batch that 80 GB are likely to hold, then of one that fills the memory: to compile is most of the time."""
     return Run("steps", config, seconds, TRAINING, {"config": f"configs/{config}", "first": first, "most": most})
 
 
@@ -71,13 +72,13 @@ RUNS = (
     Run("device", "device", 20, ("jax",)),
     Run("attention", "attention", 30, NEEDED),
     Run("parity", "parity", 50, (*TRAINING, "pytest"), {}, {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}),
-    _step("nyu.py", 45, 4),
-    _step("nyu.py:backbone=swin_l", 40, 4),
-    _step("nyu.py:parallel", 30, 4),
-    _step("coco.py", 40, 2),
-    _step("coco.py:task=detection", 30, 2),
-    _step("joint.py", 35, 4),
-    _step("vqvae_depth.py", 20, 8, 256),
+    _step("nyu.py", 45, 16),
+    _step("nyu.py:backbone=swin_l", 40, 16),
+    _step("nyu.py:parallel", 30, 16),
+    _step("coco.py", 40, 8),
+    _step("coco.py:task=detection", 30, 16),
+    _step("joint.py", 35, 8),
+    _step("vqvae_depth.py", 20, 32),
     _step("vqvae_mask.py", 15, 512, 8192),
     _decoding("nyu.py", 20),
     _decoding("nyu.py:parallel", 20),

@@ -92,8 +92,8 @@ def test_batches_grow_to_the_memory_and_shrink_after_a_failure():
     assert chip_steps._next(given, [row], 100.0, 50.0) == 0
     assert chip_steps._next(given | {"most": 4}, [row], 1.0, 1e6) == 0
     full = {"batch": 96, "out_of_memory": "RESOURCE_EXHAUSTED"}
-    assert chip_steps._next(given, [row, full], 1.0, 1e6) == 72
-    assert chip_steps._next(given, [row, full, row | {"batch": 72}], 1.0, 1e6) == 0
+    assert chip_steps._next(given, [row, full], 1.0, 1e6) == 48
+    assert chip_steps._next(given, [row, full, row | {"batch": 48}], 1.0, 1e6) == 0
 
 
 def test_operations_of_a_trace_count_without_what_runs_inside():
