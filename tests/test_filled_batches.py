@@ -12,7 +12,7 @@ from aitok_jax.models import losses
 from aitok_jax.parallel import sharding
 from aitok_jax.training import accumulate
 
-REAL, DEVICES = 3, 8
+REAL, DEVICES = (3, 5), 8  # examples of the first part and, in joint tasks, of the second
 MAPS = {"image_size": 16, "mask_ratio": 0.5, "mask_patch": 4}
 DEPTH = {"image_size": tiny.SIZE, "tokenizer": tiny_maps.TOKENIZER, "memory_weight": 0.5, "input_noise": 0.3}
 CODES = [["mask", tiny.CODES], ["depth", tiny_maps.K], ["normals", tiny_maps.K]]
@@ -22,7 +22,7 @@ SOLVERS = {
     "joint": {"depth": DEPTH, "instances": tiny.OWN | {"memory_weight": 0.5}},
     "depth": {"depth": DEPTH},
     "normals": {"normals": DEPTH | {"memory_weight": 0.0}},
-    "detection": {"instances": tiny.OWN | {"tokenizer": None}},
+    "detection": {"instances": tiny.OWN | {"tokenizer": None, "memory_weight": 0.5}},
 }
 TOKENIZERS = {objective: ("depth", {"objective": objective}) for objective in losses.RECONSTRUCTION}
 TOKENIZERS |= {
@@ -91,11 +91,11 @@ def test_filled_rows_count_nowhere(name):
     build, given = TASKS[name]
     task = build(*given)
     real, fillings = {}, [{}, {}]
-    for part, count in zip(task.parts, (REAL, DEVICES), strict=False):  # of joint tasks one part is filled up
+    for part, count in zip(task.parts, REAL, strict=False):
         more = rows(task, part, count + 1)
         real[part] = {key: x[:count] for key, x in more.items()}
         for filled, example in zip(fillings, (real[part], more), strict=True):
-            filled[part] = real[part] if count == DEVICES else pipeline.fill_up(example, DEVICES, real=REAL)
+            filled[part] = pipeline.fill_up(example, DEVICES, real=count)
     state = tiny_maps.random_state(task, *real.values()) if build is tokenizer else tiny.random_state(task, real)
     on_all = stepper(task, state, DEVICES)
     ours, other = map(on_all, fillings)
