@@ -151,10 +151,8 @@ def prediction_of(config: ConfigDict, device: Any, count: int) -> tuple[Any, tup
     """The jitted prediction of the first part, on `count` square images, and the shapes that it takes."""
     task, one = tasks.build(config.task), jax.sharding.SingleDeviceSharding(device)
     part = next(iter(task.parts.values()))
-    weights = jax.eval_shape(
-        lambda key: task.init(key, {name: batch_shapes(each, 1) for name, each in task.parts.items()}),
-        jax.eval_shape(lambda: jax.random.key(0)),
-    )
+    examples = {name: batch_shapes(each, 1) for name, each in task.parts.items()}
+    weights = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)), examples)
     batch = {name: x for name, x in batch_shapes(part, count).items() if "/" not in name}
     batch["id"] = jax.ShapeDtypeStruct((count,), np.int32)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (*weights, batch))

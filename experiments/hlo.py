@@ -115,31 +115,41 @@ class Program:
         if each.opcode in _SLICES:
             return 2 * result
         if each.opcode == "fusion":
-            read, written = self._touched(each.called("calls"))
+            fused = each.called("calls")
             whole = [array_bytes(types.get(name, "")) for name in each.operands]
-            inputs = sum(min(size, read.get(i, size)) for i, size in enumerate(whole))
-            return inputs + (result if written is None else min(result, written))
+            read = (min(size, self._read(fused, i)) for i, size in enumerate(whole) if size)
+            return min(result, self._written(fused)) + sum(read)
         return result + sum(array_bytes(types.get(name, "")) for name in each.operands)
 
-    def _touched(self, fused: str) -> tuple[dict[int, float], float | None]:
-        """Bytes read of the parameters that a fusion only slices or updates in place, and written of such a result."""
+    def _read(self, fused: str, number: int) -> float:
+        """Bytes that a fusion reads of a parameter: of its slices, where it only slices or updates it in place."""
         body = self.computations[fused]
-        users, types = collections.defaultdict(list), {each.name: each.type for each in body}
-        for each in body:
-            for name in each.operands:
-                users[name].append(each)
-        read = {}
-        for each in body:
-            use = users[each.name]
-            if each.opcode == "parameter" and use and all(user.operands[0] == each.name for user in use):
-                number = int(re.match(r"\d+", each.attributes)[0])
-                if all(user.opcode == "dynamic-slice" for user in use):
-                    read[number] = sum(array_bytes(user.type) for user in use)
-                elif all(user.opcode == "dynamic-update-slice" for user in use):
-                    read[number] = 0.0
-        root = body[-1]
-        updates = root.opcode == "dynamic-update-slice"
-        return read, array_bytes(types.get(root.operands[1], "")) if updates else None
+        names = {int(re.match(r"\d+", each.attributes)[0]): each.name for each in body if each.opcode == "parameter"}
+        return self._used(body, names[number])
+
+    def _used(self, body: Sequence[Instruction], name: str) -> float:
+        total = 0.0
+        for user in body:
+            places = [i for i, operand in enumerate(user.operands) if operand == name]
+            if not places or (user.opcode == "dynamic-update-slice" and places == [0]):
+                continue
+            if user.opcode == "dynamic-slice" and places == [0]:
+                total += array_bytes(user.type)
+            elif user.opcode == "bitcast":
+                total += self._used(body, user.name)
+            elif user.opcode == "fusion":
+                total += sum(self._read(user.called("calls"), place) for place in places)
+            else:
+                return math.inf
+        return total
+
+    def _written(self, fused: str) -> float:
+        """Bytes that a fusion writes, of results that it updates in place those of the update."""
+        body = {each.name: each for each in self.computations[fused]}
+        root = self.computations[fused][-1]
+        results = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        updates = (body[one.operands[1]] if one.opcode == "dynamic-update-slice" else one for one in results)
+        return sum(array_bytes(one.type) for one in updates)
 
 
 def hbm_bytes(operations: Sequence[Operation]) -> float:

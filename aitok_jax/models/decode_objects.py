@@ -1,12 +1,13 @@
 """Decoding of object sequences: one compiled loop over objects, every slot within its window."""
 
+import functools
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from aitok_jax.models.decode import greedy, stepping
+from aitok_jax.models.decode import greedy, on_platform, stepping
 from aitok_jax.models.transformer import KeyValue, TokenTransformer
 
 CLASS_SLOT = 4
@@ -60,9 +61,28 @@ def decode_objects(
         raise ValueError("the parallel model has no steps: objects need parallel=False")
     if top_p > 0 and rngs_B is None:
         raise ValueError(f"top_p={top_p} samples and needs one key a row; pass them, or top_p=0 for greedy decoding")
-    length = CLASS_SLOT + 1 + mask_tokens
-    batch = memory[0][0].shape[0]
-    start, steps_in = stepping(transformer, params, memory, task, length * num_objects)
+    options = {"task": task, "num_objects": num_objects, "mask_tokens": mask_tokens, "soft_input": soft_input}
+    run = functools.partial(_decode, transformer, vocabulary, **options, top_p=top_p, early_exit=early_exit)
+    return on_platform(run, transformer, params, memory, rngs_B)
+
+
+def _decode(
+    transformer: TokenTransformer,
+    vocabulary: Any,
+    rows: bool,
+    params: dict,
+    memory: list[KeyValue],
+    rngs_B: jax.Array | None,
+    *,
+    task: int,
+    num_objects: int,
+    mask_tokens: int,
+    soft_input: bool,
+    top_p: float,
+    early_exit: int,
+) -> DecodedObjects:
+    length, batch = CLASS_SLOT + 1 + mask_tokens, memory[0][0].shape[0]
+    start, steps_in = stepping(transformer, params, memory, task, length * num_objects, rows)
     classes, codes = vocabulary.classes, vocabulary.codes_of("mask")
 
     def pick(logits_BK, index):

@@ -15,6 +15,10 @@ REMAT = {
     "blocks": jax.checkpoint_policies.nothing_saveable,
 }
 """What a block keeps for the backward pass: everything; the outputs of linear layers; only what goes into it."""
+ATTENDED = "attended"  # the name of the results of attention, for PRODUCTS
+PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(ATTENDED)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,10 @@ def rematerialized(block: type[nn.Module], remat: str, train_argument: int) -> t
 
 
 def checkpointed(function: Callable, remat: str) -> Callable:
-    """A function under a policy of REMAT."""
-    policy = REMAT[remat]
-    return function if policy is None else jax.checkpoint(function, policy=policy, prevent_cse=False)
+    """A function, the body of a loop, under a policy of REMAT.
+
+    What a loop keeps for the backward pass is written to memory, all of it; so even `none` keeps the results of
+    products and attention alone, and computes again what is made of them element by element.
+    """
+    policy = REMAT[remat] or PRODUCTS
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)

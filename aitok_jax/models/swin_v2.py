@@ -41,7 +41,9 @@ def unpartition(x_NTC, window: int, height: int, width: int):
 
 
 class SwinBlock(nn.Module):
-    """Post-norm block on a map [B,H,W,C]: x += LN(window attention(x)); x += LN(MLP(x))."""
+    """Post-norm block on a map [B,H,W,C]: x += LN(window attention(x)); x += LN(MLP(x)).
+
+    A map that is one window may come as its positions, [B,w²,C]."""
 
     widths: Widths
     window: int
@@ -56,6 +58,9 @@ class SwinBlock(nn.Module):
         return x + drop_path(self.widths.cast_norm(EPSILON, "norm2")(mlp(x, train)), train)
 
     def _attention(self, x: jax.Array) -> jax.Array:
+        attention = WindowAttention(self.widths, self.window, self.pretrain_window, name="attn")
+        if x.ndim == 3:
+            return attention(x, None)
         _, h, w, _ = x.shape
         ph, pw = (-(-size // self.window) * self.window for size in (h, w))
         x = jnp.pad(x, ((0, 0), (0, ph - h), (0, pw - w), (0, 0)))
@@ -63,7 +68,6 @@ class SwinBlock(nn.Module):
         if self.shift:
             x = jnp.roll(x, (-self.shift, -self.shift), (1, 2))
             regions = shift_regions(ph, pw, self.window, self.shift)
-        attention = WindowAttention(self.widths, self.window, self.pretrain_window, name="attn")
         x = unpartition(attention(partition(x, self.window), regions), self.window, ph, pw)
         if self.shift:
             x = jnp.roll(x, (self.shift, self.shift), (1, 2))
@@ -118,14 +122,20 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
         """Returns (the stage's map, the next stage's input)."""
+        b, h, w, c = x.shape
+        if h == w == self.window and not self.use_shift:  # no block has to move anything
+            x = x.reshape(b, h * w, c)
+        x = self._blocks(x, train).reshape(b, h, w, c)
+        return x, PatchMerging(self.widths, name="downsample")(x) if self.downsample else x
+
+    def _blocks(self, x: jax.Array, train: bool) -> jax.Array:
         period = 2 if self.use_shift else 1
         if len(self.drop_paths) >= SCANNED and len(self.drop_paths) % period == 0 and not self.is_initializing():
-            x = self._scan(x, train, period)
-        else:
-            block_type = rematerialized(SwinBlock, self.remat, train_argument=2)
-            for j, drop_path in enumerate(self.drop_paths):
-                x = block_type(*self._block(j, drop_path), name=f"blocks_{j}")(x, train)
-        return x, PatchMerging(self.widths, name="downsample")(x) if self.downsample else x
+            return self._scan(x, train, period)
+        block_type = rematerialized(SwinBlock, self.remat, train_argument=2)
+        for j, drop_path in enumerate(self.drop_paths):
+            x = block_type(*self._block(j, drop_path), name=f"blocks_{j}")(x, train)
+        return x
 
     def _block(self, j: int, drop_path: float | jax.Array) -> tuple[Widths, int, int, int]:
         shift = self.window // 2 if self.use_shift and j % 2 else 0

@@ -1,8 +1,6 @@
 """Cosine attention inside windows with a log-spaced continuous position bias, as published for AiT ("RPE-2FC")."""
 
-import concurrent.futures
 import functools
-import logging
 import math
 from collections.abc import Callable
 
@@ -10,18 +8,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from aitok_jax.models import window_kernels
-from aitok_jax.models.layers import Widths, trunc_normal
+from aitok_jax.models.layers import ATTENDED, Widths, trunc_normal
 from aitok_jax.models.position_bias import collapse, expand, relative_coordinates
+from aitok_jax.models.self_check import difference, trusted
 
-LOG = logging.getLogger(__name__)
 MAX_LOGIT_SCALE = math.log(100.0)
-TRUSTED = 1e-3  # relative difference from the formula, in float32, up to which kernels are taken
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 Fused = tuple[Callable, Callable]
 """Forward (q, k, v, bias) -> out, and backward (q, k, v, bias, out, gradient of out) -> gradients of the first four."""
+
+
+class QKV(nn.Module):
+    """The kernel of queries, keys and values, [C,3C]: three products give them, so that nothing has to be split."""
+
+    dim: int
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("kernel", trunc_normal, (self.dim, 3 * self.dim), self.param_dtype)
 
 
 class WindowAttention(nn.Module):
@@ -34,19 +43,18 @@ class WindowAttention(nn.Module):
     @nn.compact
     def __call__(self, x_NTC: jax.Array, regions_WT: np.ndarray | None) -> jax.Array:
         """Of `regions_WT`, those of the W windows of an image, only pairs of the same region see each other."""
-        n, t, c = x_NTC.shape
+        c = x_NTC.shape[-1]
         widths, heads = self.widths, self.widths.num_heads
         q_bias = self.param("q_bias", nn.initializers.zeros, (c,), widths.param_dtype)
         v_bias = self.param("v_bias", nn.initializers.zeros, (c,), widths.param_dtype)
-        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(widths.dtype)
-        qkv = widths.dense(3 * c, "qkv", use_bias=False)(x_NTC) + bias.reshape(1, 1, -1)
-        q, k, v = jnp.split(qkv, 3, axis=-1)
+        kernel = QKV(c, widths.param_dtype, name="qkv")().astype(widths.dtype)
+        q, k, v = (x_NTC @ part for part in jnp.split(kernel, 3, axis=1))
+        q, v = (x + bias.astype(widths.dtype).reshape(1, 1, -1) for x, bias in ((q, q_bias), (v, v_bias)))
 
         init_scale = nn.initializers.constant(math.log(10.0))
         log_scale_h = self.param("logit_scale", init_scale, (heads,), widths.param_dtype)
         scale_h = jnp.exp(jnp.minimum(log_scale_h.astype(jnp.float32), MAX_LOGIT_SCALE))
-        q = (_unit(q, heads) * scale_h.reshape(1, 1, -1, 1)).reshape(n, t, c)
-        k = _unit(k, heads).reshape(n, t, c)
+        q, k = _unit(q, scale_h), _unit(k, jnp.ones_like(scale_h))
         out_NTC = attention(self.window, regions_WT)(q, k, v, self._position_bias())
         return widths.dense(c, "proj")(out_NTC)
 
@@ -76,7 +84,7 @@ def attention(window: int, regions_WT: np.ndarray | None, fused: Fused | None = 
     def choose(which: int, *args):
         if fused is not None:
             return fused[which](*args)
-        if not (_fits(args[0], window, len(args[3])) and _trusted()):
+        if not (_fits(args[0], window, len(args[3])) and trusted("window attention", self_check)):
             return plain[which](*args)
         return jax.lax.platform_dependent(*args, tpu=kernels[which], default=plain[which])
 
@@ -85,7 +93,7 @@ def attention(window: int, regions_WT: np.ndarray | None, fused: Fused | None = 
         return choose(0, q_NTC, k_NTC, v_NTC, bias_hP)
 
     def forward(*args):
-        out = attend(*args)
+        out = checkpoint_name(attend(*args), ATTENDED)
         return out, (*args, out)
 
     attend.defvjp(forward, lambda kept, dout_NTC: choose(1, *kept, dout_NTC))
@@ -101,26 +109,6 @@ def _fits(q_NTC: jax.Array, window: int, heads: int) -> bool:
     needed = window_kernels.plan(window, heads, q_NTC.shape[2] // heads).bytes
     memory = window_kernels.SMALL_MEMORY.get(jax.devices()[0].device_kind, window_kernels.MEMORY)
     return isinstance(q_NTC.shape[0], int) and needed <= memory
-
-
-@functools.cache
-def _trusted() -> bool:
-    """Whether the kernels say on the TPU at hand what the formula says; compared once, and True where there is none."""
-    if jax.default_backend() != "tpu":
-        return True
-    try:
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:  # where no program is being traced
-            worst = thread.submit(self_check).result()
-        problem = "" if worst <= TRUSTED else f"differ from the formula by {worst:.1e}, where {TRUSTED:.0e} is allowed"
-    except Exception as error:  # of the compiler, for a chip or a version that it was not tried on
-        problem = f"cannot be compiled ({type(error).__name__}: {str(error)[:200]})"
-    if problem:
-        LOG.warning(
-            "the kernels of window attention %s, on this %s: the formula is used, which takes more memory and time; "
-            "please report this, and the versions of jax and libtpu",
-            *(problem, jax.devices()[0].device_kind),
-        )
-    return not problem
 
 
 def self_check(fused: Callable[[int, np.ndarray | None], Fused] | None = None) -> float:
@@ -144,7 +132,7 @@ def self_check(fused: Callable[[int, np.ndarray | None], Fused] | None = None) -
         with jax.default_matmul_precision("highest"):
             found, wanted = (jax.jit(functools.partial(compute, pair=pair))((q, k, v, bias)) for pair in pairs)
         for ours, formula in zip(found, wanted, strict=True):
-            worst = max(worst, float(jnp.max(jnp.abs(ours - formula)) / jnp.max(jnp.abs(formula))))
+            worst = max(worst, difference(ours, formula))
     return worst
 
 
@@ -218,9 +206,15 @@ def _side_by_side(x_hNTd: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _unit(x_NTC: jax.Array, heads: int) -> jax.Array:
-    """[N,T,C] -> f32[N,T,heads,C/heads], every head of length 1."""
-    x = x_NTC.astype(jnp.float32).reshape(*x_NTC.shape[:2], heads, -1)
-    square = jnp.sum(jnp.square(x), -1, keepdims=True)
+def _unit(x_NTC: jax.Array, scale_h: jax.Array) -> jax.Array:
+    """f32[N,T,C], every head brought to the length of `scale_h`.
+
+    Sums over a head's channels are products with a matrix of ones and zeros: channels stay in the lanes.
+    """
+    heads = len(scale_h)
+    x = x_NTC.astype(jnp.float32)
+    own_Ch = np.repeat(np.eye(heads, dtype=np.float32), x.shape[-1] // heads, axis=0)
+    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    square = exact(jnp.square(x), own_Ch)
     norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))  # padded keys are zero, where the root has no gradient
-    return x / (jnp.where(square > 0, norm, 0.0) + 5e-5)
+    return x * exact(scale_h.reshape(1, 1, -1) / (jnp.where(square > 0, norm, 0.0) + 5e-5), own_Ch.T)

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from aitok_jax.models.position_bias import collapse_strips, strip_start, strips
+from aitok_jax.models.position_bias import strip_start
 
 LANES, TILE_ROWS, MOST_ROWS = 128, 16, 320
 MEMORY = 60 * 2**20  # bytes of vector memory that a plan may take; v5p has 64 MiB, v5e and v6e have 128
@@ -54,7 +54,20 @@ class Plan(NamedTuple):
     def bytes(self) -> int:
         """Of vector memory, in the backward pass: bias and its gradient; operands and results, each twice."""
         blocks = 2 * 7 + 6
-        return self.length * (2 * 4 * self.heads * self.length + 4 * blocks * max(self.heads * self.width, LANES))
+        strips = -(-self.window // 8) * 8 * -(-self.side * self.window // LANES) * LANES
+        return self.length * (2 * 4 * self.heads * self.length + 4 * blocks * max(self.heads * self.width, LANES)) + (
+            4 * strips
+        )
+
+    @property
+    def side(self) -> int:
+        """Offsets along a side."""
+        return 2 * self.window - 1
+
+    @property
+    def lanes(self) -> int:
+        """Of a row of offsets."""
+        return -(-self.side // LANES) * LANES
 
 
 def plan(window: int, heads: int, width: int) -> Plan:
@@ -78,7 +91,7 @@ def forward(
     """softmax(q·k + bias + regions)·v of every window and head, [N,T,C] in the dtype of v."""
     call = _Call(q_NTC, table_hP, regions_WT, window, interpret)
     channels = call.plan.heads * call.plan.width
-    scratch = [call.pairs, *(pltpu.VMEM((call.plan.length, channels), x.dtype) for x in (k_NTC, v_NTC))]
+    scratch = [call.pairs, call.strips, *(pltpu.VMEM((call.plan.length, channels), x.dtype) for x in (k_NTC, v_NTC))]
     return call(
         _forward_kernel,
         inputs=(q_NTC, k_NTC, v_NTC),
@@ -105,14 +118,15 @@ def backward(
     shape = (call.plan.length, call.plan.heads * call.plan.width)
     copies = [pltpu.VMEM(shape, x.dtype) for x in (q_NTC, k_NTC, v_NTC, dout_NTC)]
     sums = [pltpu.VMEM(shape, jnp.float32)] * 2
-    *gradients, dstrips = call(
+    *gradients, doffsets = call(
         _backward_kernel,
         inputs=(q_NTC, k_NTC, v_NTC, out_NTC, dout_NTC),
-        outputs=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_NTC, k_NTC, v_NTC, call.strips)),
-        scratch=[call.pairs, call.pairs, *copies, *sums],
+        outputs=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_NTC, k_NTC, v_NTC, call.offsets)),
+        scratch=[call.pairs, call.pairs, call.strips, *copies, *sums],
         products=5,
     )
-    return *gradients, collapse_strips(dstrips, window)
+    side = call.plan.side
+    return *gradients, doffsets[:, :side, :side].reshape(table_hP.shape)[:, ::-1]
 
 
 class _Call:
@@ -122,17 +136,21 @@ class _Call:
         self.shape, self.dtype, self.interpret = q_NTC.shape, q_NTC.dtype, interpret
         self.num_heads = table_hP.shape[0]
         self.plan = plan(window, self.num_heads, q_NTC.shape[2] // self.num_heads)
-        self.strips, self.regions = strips(table_hP, window), regions_WT
+        self.regions = regions_WT
+        side, lanes = self.plan.side, self.plan.lanes
+        squares = table_hP[:, ::-1].reshape(-1, side, side)
+        self.offsets = jnp.pad(squares, ((0, 0), (0, -side % 8), (0, lanes - side)))
+        self.strips = pltpu.VMEM((window, side * window), jnp.float32)
         self.pairs = pltpu.VMEM((self.plan.heads, self.plan.length, self.plan.length), jnp.float32)
 
     def __call__(self, kernel: Callable, inputs: tuple, outputs: tuple, scratch: list, products: int) -> Any:
         (n, t, c), p = self.shape, self.plan
         heads = pl.BlockSpec((1, p.length, p.heads * p.width), lambda group, i: (i, 0, group))
-        of_strips = pl.BlockSpec((p.heads, *self.strips.shape[1:]), lambda group, i: (group, 0, 0))
-        in_specs, out_specs = [of_strips, *[heads] * len(inputs)], [heads] * len(outputs)
-        inputs, scratch = (self.strips, *inputs), list(scratch)
-        if outputs[-1].shape == self.strips.shape:
-            out_specs[-1] = of_strips
+        offsets = pl.BlockSpec((p.heads, *self.offsets.shape[1:]), lambda group, i: (group, 0, 0))
+        in_specs, out_specs = [offsets, *[heads] * len(inputs)], [heads] * len(outputs)
+        inputs, scratch = (self.offsets, *inputs), list(scratch)
+        if outputs[-1].shape == self.offsets.shape:
+            out_specs[-1] = offsets
         if self.regions is not None:
             count = self.regions.shape[0]
             in_specs.append(pl.BlockSpec((1, 1, p.length), lambda _, i: (jax.lax.rem(i, count), 0, 0)))
@@ -159,9 +177,9 @@ class _Call:
 
 def _forward_kernel(p: Plan, inputs: int, outputs: int, masked: bool, n: int, *refs) -> None:
     del outputs, n
-    strips_ref, q_ref, k_ref, v_ref, *region_ref = refs[:inputs]
-    o_ref, bias_ref, k, v, *columns_ref = refs[inputs:]
-    pl.when(pl.program_id(1) == 0)(lambda: _fill_bias(p, bias_ref, strips_ref))
+    offsets_ref, q_ref, k_ref, v_ref, *region_ref = refs[:inputs]
+    o_ref, bias_ref, strips_ref, k, v, *columns_ref = refs[inputs:]
+    pl.when(pl.program_id(1) == 0)(lambda: _fill_bias(p, bias_ref, strips_ref, offsets_ref))
     regions = _regions(*region_ref, *columns_ref) if masked else None
     k[...], v[...] = _whole(p, k_ref), _whole(p, v_ref)
     lanes = _lanes(p, q_ref)
@@ -177,13 +195,13 @@ def _forward_kernel(p: Plan, inputs: int, outputs: int, masked: bool, n: int, *r
 
 def _backward_kernel(p: Plan, inputs: int, outputs: int, masked: bool, n: int, *refs) -> None:
     """With P the weights, O = PV and dP = dO·Vᵀ: dS = P(dP − Σ dO·O), the sum over channels (arXiv 2205.14135)."""
-    strips_ref, q_ref, k_ref, v_ref, o_ref, do_ref, *region_ref = refs[:inputs]
-    dq_ref, dk_ref, dv_ref, dstrips_ref = refs[inputs : inputs + outputs]
-    bias_ref, dbias_ref, q, k, v, do, dk, dv, *columns_ref = refs[inputs + outputs :]
+    offsets_ref, q_ref, k_ref, v_ref, o_ref, do_ref, *region_ref = refs[:inputs]
+    dq_ref, dk_ref, dv_ref, doffsets_ref = refs[inputs : inputs + outputs]
+    bias_ref, dbias_ref, strips_ref, q, k, v, do, dk, dv, *columns_ref = refs[inputs + outputs :]
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        _fill_bias(p, bias_ref, strips_ref)
+        _fill_bias(p, bias_ref, strips_ref, offsets_ref)
         dbias_ref[...] = jnp.zeros_like(dbias_ref)
 
     regions = _regions(*region_ref, *columns_ref) if masked else None
@@ -208,35 +226,60 @@ def _backward_kernel(p: Plan, inputs: int, outputs: int, masked: bool, n: int, *
 
     _each(p, step)
     dk_ref[0], dv_ref[0] = dk[...].astype(dk_ref.dtype), dv[...].astype(dv_ref.dtype)
-    pl.when(pl.program_id(1) == n - 1)(lambda: _sum_strips(p, dstrips_ref, dbias_ref))
+    pl.when(pl.program_id(1) == n - 1)(lambda: _sum_bias(p, doffsets_ref, strips_ref, dbias_ref))
 
 
-def _fill_bias(p: Plan, bias_ref, strips_ref) -> None:
-    """[heads,length,length] of all pairs; keys beyond T get PADDING, queries beyond T are never read."""
+def _fill_bias(p: Plan, bias_ref, strips_ref, offsets_ref) -> None:
+    """[heads,length,length] of all pairs; keys beyond T get PADDING, queries beyond T are never read.
+
+    Of one row of offsets, turned round, column x of the queries sees the w numbers from w − 1 − x on: all columns
+    together are that row, moved by one lane more from column to column. Side by side these make a strip, of which each
+    row of queries sees a part (see `position_bias.strips`).
+    """
+
+    shape = (-(-p.window // 8) * 8, p.lanes)
 
     def fill(head, _):
         if p.length > p.positions:
             column = jax.lax.broadcasted_iota(jnp.int32, (p.length, p.length), 1)
             bias_ref[head] = jnp.where(column < p.positions, 0.0, PADDING)
+        for a in range(p.side):
+            row = pltpu.roll(jnp.broadcast_to(offsets_ref[head, pl.ds(a, 1), :], shape), p.lanes - (p.window - 1), 1)
+            strips_ref[:, pl.ds(a * p.window, p.window)] = _stagger(row, 1)[: p.window, : p.window]
         for row in range(p.window):
-            of_row = strips_ref[head, :, pl.ds(strip_start(row, p.window), p.positions)]
+            of_row = strips_ref[:, pl.ds(strip_start(row, p.window), p.positions)]
             bias_ref[head, pl.ds(row * p.window, p.window), pl.ds(0, p.positions)] = of_row
         return 0
 
     jax.lax.fori_loop(0, p.heads, fill, 0)
 
 
-def _sum_strips(p: Plan, dstrips_ref, dbias_ref) -> None:
+def _sum_bias(p: Plan, doffsets_ref, strips_ref, dbias_ref) -> None:
     """The transpose of `_fill_bias`."""
-    dstrips_ref[...] = jnp.zeros_like(dstrips_ref)
+    doffsets_ref[...] = jnp.zeros_like(doffsets_ref)
+    padding = ((0, -p.window % 8), (0, p.lanes - p.window))
 
     def add(head, _):
+        strips_ref[...] = jnp.zeros_like(strips_ref)
         for row in range(p.window):
             at = pl.ds(strip_start(row, p.window), p.positions)
-            dstrips_ref[head, :, at] += dbias_ref[head, pl.ds(row * p.window, p.window), pl.ds(0, p.positions)]
+            strips_ref[:, at] += dbias_ref[head, pl.ds(row * p.window, p.window), pl.ds(0, p.positions)]
+        for a in range(p.side):
+            moved = jnp.pad(strips_ref[:, pl.ds(a * p.window, p.window)], padding)
+            back = pltpu.roll(_stagger(moved, -1), p.window - 1, 1)
+            doffsets_ref[head, pl.ds(a, 1), :] = jnp.sum(back, 0, keepdims=True)
         return 0
 
     jax.lax.fori_loop(0, p.heads, add, 0)
+
+
+def _stagger(x: jax.Array, sign: int) -> jax.Array:
+    """Row i of x, f32[rows,lanes], moved round by i lanes, to the right or, for sign −1, to the left."""
+    row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    for bit in range((x.shape[0] - 1).bit_length()):
+        moved = pltpu.roll(x, sign * 2**bit % x.shape[1], 1)
+        x = jnp.where(jax.lax.rem(jax.lax.div(row, 2**bit), 2) == 1, moved, x)
+    return x
 
 
 def _whole(p: Plan, ref) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax.models import window_attention, window_kernels
+from aitok_jax.models import self_check, window_attention, window_kernels
 from aitok_jax.models.position_bias import collapse, expand, relative_index
 from aitok_jax.models.swin_v2 import shift_regions
 from aitok_jax.parallel import sharding
@@ -139,7 +139,7 @@ def broken(window, regions):
 def test_self_check_passes_the_kernels_and_catches_a_wrong_sign():
     assert window_attention.self_check(fused) < 1e-5
     for which, position in ((0, 0), (1, 0), (1, 3)):
-        assert window_attention.self_check(wrong(which, position)) > 100 * window_attention.TRUSTED
+        assert window_attention.self_check(wrong(which, position)) > 100 * self_check.TRUSTED
 
 
 def test_self_check_runs_while_a_program_is_traced(monkeypatch, caplog):
@@ -149,13 +149,13 @@ def test_self_check_runs_while_a_program_is_traced(monkeypatch, caplog):
     cases = ((fused, ""), (wrong(0, 0), "differ from the formula by"), (broken, "cannot be compiled (ValueError: no"))
     for kernels, problem in cases:
         monkeypatch.setattr(window_attention, "_kernels", kernels)
-        window_attention._trusted.cache_clear()
+        self_check.trusted.cache_clear()
         program = str(jax.make_jaxpr(window_attention.attention(5, None))(*args))
         assert ("forward_kernel" in program) == (not problem)
         assert problem in caplog.text
         assert bool(caplog.text) == bool(problem)
         caplog.clear()
-    window_attention._trusted.cache_clear()
+    self_check.trusted.cache_clear()
 
 
 def test_chips_with_little_memory_get_the_formula(monkeypatch):
