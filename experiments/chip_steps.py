@@ -87,7 +87,7 @@ class Step:
     def bound(self, device: dict[str, Any]) -> dict[str, Any]:
         """The roofline: the time that arithmetic and bytes of the compiled program take at the peak rates."""
         chip = chips.Chip(device["peak_tflops"], device["hbm_gb_s"], device["memory_gb"], 1.0)
-        cost = chips._cost(self.compiled.as_text(), self.numbers["gflop"] * 1e9, chip, self.numbers["batch"])
+        cost = chips._cost(self.compiled.as_text(), {}, self.numbers["gflop"] * 1e9, chip, self.numbers["batch"])
         return {"hbm_gb": cost["hbm_gb"], "bound_ms": cost["step_ms"], "bound_mfu": cost["mfu"]}
 
     def arguments(self) -> tuple[Any, Any, Any]:

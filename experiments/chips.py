@@ -8,7 +8,8 @@ HBM, collectives, the roofline of each chip and the operations that move most. F
 ".[chips]"`, for GPUs (h100:8) see `GPU_FLAGS`. `--what=predict` is one chip's.
 
 Bytes are counted by `hlo.py`, since the compiler's cost analysis counts a loop's body once, and on-chip buffers as
-traffic; FLOP are those of products and convolutions of the program as it is traced, by `roofline.flops`.
+traffic; FLOP are those of products and convolutions of the program as it is traced, by `roofline.flops`. Cycles of a
+TPU are the compiler's estimates and, of what has none, those of its schedule (`schedule.py`).
 """
 
 import argparse
@@ -17,7 +18,9 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +31,7 @@ import hlo
 import jax
 import numpy as np
 import roofline
+import schedule
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
@@ -170,8 +174,12 @@ def sizes_of(config: ConfigDict, options: argparse.Namespace, chips: int) -> dic
     return {name: max(round(size * factor), 1) for name, size in sizes.items()}
 
 
-def measure(config: ConfigDict, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """All numbers, whose names end in their unit and which are a chip's, and the text of the compiled program."""
+def measure(config: ConfigDict, options: argparse.Namespace, dumped: Path) -> tuple[dict[str, Any], str]:
+    """All numbers, whose names end in their unit and which are a chip's, and the text of the compiled program.
+
+    Args:
+        dumped: the folder that schedules are written to, see `schedule.FLAGS`.
+    """
     kind, devices = options.chip.partition(":")[0], devices_of(options.chip)
     devices = devices[:1] if options.what == "predict" else devices
     sizes = sizes_of(config, options, len(devices))
@@ -188,7 +196,7 @@ def measure(config: ConfigDict, options: argparse.Namespace) -> tuple[dict[str, 
     numbers = {"trace_s": middle - started, "compile_s": time.monotonic() - middle, "cpu_s": _cpu_seconds()}
     numbers |= {"devices": len(devices), "batch": sum(sizes.values())}
     text = compiled.as_text()
-    cost = _cost(text, flops, CHIPS[kind], numbers["batch"] / len(devices))
+    cost = _cost(text, schedule.read(dumped), flops, CHIPS[kind], numbers["batch"] / len(devices))
     return numbers | _memory(compiled) | cost, text
 
 
@@ -203,15 +211,17 @@ def _memory(compiled: Any) -> dict[str, float]:
     return {"arguments_gib": sizes["argument"], "temporaries_gib": sizes["temp"], "peak_gib": peak}
 
 
-def _cost(text: str, flops: float, chip: Chip, images: float) -> dict[str, Any]:
+def _cost(text: str, scheduled: dict[str, float], flops: float, chip: Chip, images: float) -> dict[str, Any]:
     program = hlo.Program(text)
-    operations = program.operations()
+    operations = hlo.with_schedule(program.operations(), scheduled)
     exchanged = hlo.collectives(operations)
     moved, sent = hlo.hbm_bytes(operations), sum(entry["bytes"] for entry in exchanged.values())
     times = {"flop_ms": flops / chip.tflops / 1e9, "hbm_ms": moved / chip.hbm_gb_s / 1e6}
     times["links_ms"] = 2 * sent / chip.links_gb_s / 1e6  # an all-reduce sends what it sums twice round a ring
     if chip.clock_ghz:
         times["cycles_ms"] = hlo.cycles(operations) / chip.clock_ghz / 1e6
+        kernels = [each for each in operations if "pallas_call" in each.label]
+        times["kernels_ms"] = hlo.cycles(kernels) / chip.clock_ghz / 1e6  # of those cycles
     step = max(times.values())
     without = collections.Counter()
     for each in hlo.serial(operations, program):
@@ -242,7 +252,7 @@ def report(numbers: dict[str, Any], chip: Chip) -> str:
         f"{numbers['peak_gib']:.2f} at the peak, of {chip.memory_gb * 1e9 / GIB:.1f}"
     )
     if numbers["peak_gib"] * GIB > chip.memory_gb * 1e9:
-        lines.append("THIS DOES NOT FIT: try --fsdp, --remat=blocks, config.accumulate, or more chips")
+        lines.append(f"THIS DOES NOT FIT: {_advice(numbers, chip.memory_gb * 1e9 / GIB)}")
     lines.append(f"{numbers['gflop']:.0f} GFLOP, {numbers['hbm_gb']:.2f} GB through HBM")
     for kind, entry in numbers["collectives"].items():
         lines.append(
@@ -255,6 +265,18 @@ def report(numbers: dict[str, Any], chip: Chip) -> str:
         lines.append("without an estimate of cycles:")
         lines += [f"  {times:5d} x  {what}" for what, times in numbers["without_estimate"].items()]
     return "\n".join(lines)
+
+
+def _advice(numbers: dict[str, Any], memory_gib: float) -> str:
+    """What would fit, taking the arguments for the state, which fsdp splits, and the temporaries for the examples'."""
+    devices, images = numbers["devices"], max(numbers["batch"] // numbers["devices"], 1)
+    ways = [(n, m) for m in range(1, images + 1) for n in range(1, devices + 1) if not (devices % n or images % m)]
+    for fsdp, parts in ways:
+        if numbers["arguments_gib"] / fsdp + numbers["temporaries_gib"] / parts <= 0.9 * memory_gib:
+            return (
+                f"by these sizes, --fsdp={fsdp} with config.accumulate={parts} should; --remat=blocks may do with less"
+            )
+    return "take --remat=blocks, or more chips"
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -275,18 +297,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _arguments().parse_args(argv)
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_platforms", "cpu")
-    if options.chip.startswith("h100"):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GPU_FLAGS}"
+    dumped = Path(tempfile.mkdtemp())
+    gpu = options.chip.startswith(("h100", "h200", "a100"))
+    name, value = ("XLA_FLAGS", GPU_FLAGS) if gpu else ("LIBTPU_INIT_ARGS", f"{schedule.FLAGS}{dumped}")
+    os.environ[name] = f"{os.environ.get(name, '')} {value}".strip()
     try:
         config = load_config(options.config)
         if options.depths:
             config.task.shared.backbone.depths = tuple(int(n) for n in options.depths.split(","))
         for part in ("backbone", "transformer") if options.remat else ():
             config.task.shared[part].remat = options.remat
-        numbers, text = measure(config, options)
+        numbers, text = measure(config, options, dumped)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        shutil.rmtree(dumped)
     if options.hlo:
         options.hlo.write_text(text)
     if options.out:

@@ -161,6 +161,22 @@ def cycles(operations: Sequence[Operation]) -> int:
     return sum(each.times * each.cycles for each in operations if each.cycles is not None)
 
 
+def with_schedule(operations: Sequence[Operation], cycles: Mapping[str, float]) -> list[Operation]:
+    """With the cycles of a schedule, by name, for what has no estimate. Equal kernels are scheduled once."""
+    stems = {_stem(name): each for name, each in cycles.items()}
+
+    def complete(each: Operation) -> Operation:
+        name = each.instruction.name
+        found = cycles.get(name, stems.get(_stem(name)) if "pallas_call" in each.label else None)
+        return each._replace(cycles=found) if each.cycles is None else each
+
+    return [complete(each) for each in operations]
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\.\d+$", "", name)
+
+
 def serial(operations: Sequence[Operation], program: Program) -> list[Operation]:
     """Those that gather, scatter or sort, also in a fusion, and custom calls: what may have no estimate of cycles."""
     found = []

@@ -90,7 +90,7 @@ def attend(
             bytes_accessed=kv_BTE.size * kv_BTE.dtype.itemsize,
         ),
         interpret=interpret,
-        name="decode_attention",
+        name=f"decode_attention_{pl.cdiv(b, rows)}x{t // block}",
     )(jnp.asarray(length, jnp.int32).reshape(1), q_BD.astype(jnp.float32), kv_BTE)
 
 

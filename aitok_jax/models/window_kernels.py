@@ -171,7 +171,7 @@ class _Call:
                 flops=2 * products * n * t * t * c, transcendentals=n * self.num_heads * t * t, bytes_accessed=moved
             ),
             interpret=self.interpret,
-            name=kernel.__name__.strip("_"),
+            name=f"{kernel.__name__.strip('_')}_{self.num_heads // p.heads}x{n}",
         )(*inputs)
 
 
