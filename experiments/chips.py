@@ -1,11 +1,11 @@
 """What a training step or a prediction costs on chips that are not there: compiled for them, and read.
 
     python experiments/chips.py --config=configs/nyu.py[:args] --chip=v5e:4x4 [--per_chip=2] [--fsdp=4]
-        [--what=train|predict] [--remat=blocks] [--depths=2,2,2,2] [--out=FILE.json]
+        [--what=train|predict|decode] [--remat=blocks] [--depths=2,2,2,2] [--out=FILE.json]
 
 compiles the very step that `aitok_jax.main` runs, or the very prediction, and prints memory, arithmetic, bytes through
 HBM, collectives, the roofline of each chip and the operations that move most. For TPUs it takes `pip install
-".[chips]"`, for GPUs (h100:8) see `GPU_FLAGS`. `--what=predict` is one chip's.
+".[chips]"`, for GPUs (h100:8) see `GPU_FLAGS`. `--what=predict`, and `decode`, its steps alone, are one chip's.
 
 Bytes are counted by `hlo.py`, since the compiler's cost analysis counts a loop's body once, and on-chip buffers as
 traffic; FLOP are those of products and convolutions of the program as it is traced, by `roofline.flops`. Cycles of a
@@ -151,22 +151,31 @@ def step_of(config: ConfigDict, mesh: jax.sharding.Mesh, batch: dict[str, int]) 
     return loop.make_step(run, optimizer, shardings), (state, shapes, key)
 
 
-def prediction_of(config: ConfigDict, device: Any, count: int) -> tuple[Any, tuple]:
-    """The jitted prediction of the first part, on `count` square images, and the shapes that it takes."""
-    task, one = tasks.build(config.task), jax.sharding.SingleDeviceSharding(device)
+def prediction_of(config: ConfigDict, device: Any, what: str, count: int) -> tuple[Any, tuple]:
+    """The jitted prediction of the first part, on `count` square images, and the shapes that it takes.
+
+    Args:
+        what: 'predict'; or 'decode', the steps of the tokens alone, without mirror images.
+    """
+    task = tasks.build(config.task)
     part = next(iter(task.parts.values()))
     examples = {name: batch_shapes(each, 1) for name, each in task.parts.items()}
-    weights = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)), examples)
+    params, model_state = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)), examples)
     batch = {name: x for name, x in batch_shapes(part, count).items() if "/" not in name}
-    batch["id"] = jax.ShapeDtypeStruct((count,), np.int32)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (*weights, batch))
-    return jax.jit(part.predict), shapes
+    if what == "decode":
+        memory = jax.eval_shape(part.memory, params, batch["image"])
+        function, shapes = part.decode, ({"transformer": params["transformer"]}, memory)
+    else:
+        batch["id"] = jax.ShapeDtypeStruct((count,), np.int32)
+        function, shapes = part.predict, (params, model_state, batch)
+    one = jax.sharding.SingleDeviceSharding(device)
+    return jax.jit(function), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
 
 
 def sizes_of(config: ConfigDict, options: argparse.Namespace, chips: int) -> dict[str, int]:
     """Images of a batch, by part: the config's, or as many a chip as asked for, in the same shares."""
     sizes = dict(config.batch_size.items())
-    if options.what == "predict":
+    if options.what != "train":
         return {next(iter(sizes)): options.per_chip or 1}
     if not options.per_chip:
         return sizes
@@ -181,12 +190,12 @@ def measure(config: ConfigDict, options: argparse.Namespace, dumped: Path) -> tu
         dumped: the folder that schedules are written to, see `schedule.FLAGS`.
     """
     kind, devices = options.chip.partition(":")[0], devices_of(options.chip)
-    devices = devices[:1] if options.what == "predict" else devices
+    devices = devices if options.what == "train" else devices[:1]
     sizes = sizes_of(config, options, len(devices))
     if options.what == "train":
         function, shapes = step_of(config, sharding.make_mesh(options.fsdp, devices), sizes)
     else:
-        function, shapes = prediction_of(config, devices[0], *sizes.values())
+        function, shapes = prediction_of(config, devices[0], options.what, *sizes.values())
     started = time.monotonic()
     traced = function.trace(*shapes)
     flops = roofline.flops(traced.jaxpr, _objects(config)) / len(devices)
@@ -283,7 +292,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python experiments/chips.py", description="Costs on chips not at hand.")
     parser.add_argument("--config", required=True, help="configs/X.py[:args]")
     parser.add_argument("--chip", default="v5e:4x4", help="v5e:4x4, v5p:2x2x1, v6e:4x4, h100:8 (default: %(default)s)")
-    parser.add_argument("--what", choices=("train", "predict"), default="train")
+    parser.add_argument("--what", choices=("train", "predict", "decode"), default="train")
     parser.add_argument("--per_chip", type=int, default=0, help="images a chip (default: the config's batch)")
     parser.add_argument("--fsdp", type=int, default=1, help="chips that share the state")
     parser.add_argument("--remat", default="", help="of backbone and transformer, see layers.REMAT")

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from aitok_jax.models import decode_kernel
 from aitok_jax.models.transformer import EPSILON, KeyValue, TokenTransformer
 
+LEAST_ROWS = 2  # a lone one, as a vector, takes twice the operations
 Linear = tuple[jax.Array, jax.Array]  # kernel [C,F] and bias [B,F]
 Layer = dict[str, Linear]
 
@@ -22,14 +23,16 @@ def prepare(
     transformer: TokenTransformer, params: dict, memory: list[KeyValue], length: int
 ) -> tuple[Callable, list[jax.Array]]:
     """The step (x [B,D], cache, index) -> (decoder output [B,D], cache), and the empty cache for `length` positions."""
-    batch, dtype = memory[0][0].shape[0], transformer.dtype
+    images, dtype = memory[0][0].shape[0], transformer.dtype
+    batch = max(images, LEAST_ROWS)
+    memory = [tuple(jnp.broadcast_to(x, (batch, *x.shape[1:])) if images == 1 else x for x in each) for each in memory]
     decoder = params["decoder"]
     layers = [_layer(transformer, decoder[f"blocks_{i}"], batch) for i in range(transformer.decoder_layers)]
     rows = [(decode_kernel.pack(*each), each[0].shape[2]) for each in memory]
     attend = _attend(transformer.num_heads)
 
     def step(x_BD: jax.Array, cache: list[jax.Array], index: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        new = []
+        x_BD, new = jnp.broadcast_to(x_BD, (batch, transformer.dim)), []
         for layer, (memory_BME, places), kv_BTE in zip(layers, rows, cache, strict=True):
             qkv = _linear(_norm(x_BD, layer["norm1"]), layer["qkv"])
             q_BD, kv_BE = qkv[:, : transformer.dim], qkv[:, transformer.dim :]
@@ -40,7 +43,7 @@ def prepare(
             hidden = jax.nn.gelu(_linear(_norm(x_BD, layer["norm3"]), layer["fc1"]), approximate=False)
             x_BD += _linear(hidden, layer["fc2"])
             new.append(kv_BTE)
-        return x_BD, new
+        return x_BD[:images], new
 
     return step, [decode_kernel.empty(batch, length, transformer.dim, dtype) for _ in layers]
 

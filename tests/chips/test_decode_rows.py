@@ -59,15 +59,16 @@ def test_maps(monkeypatch, given, devices):
     assert len(np.unique(rows.tokens)) > 2, "the test needs tokens that differ"
 
 
-def test_objects_of_three_images(monkeypatch, given):
+@pytest.mark.parametrize("images", [1, 3])
+def test_objects(monkeypatch, given, images):
     params, memory = given
-    three = [tuple(x[:3] for x in layer) for layer in memory]
+    some = [tuple(x[:images] for x in layer) for layer in memory]
     options = {"task": 0, "num_objects": 3, "mask_tokens": 4, "soft_input": True, "top_p": 0.5}
 
     def run(params, memory, rngs):
         return decode_objects.decode_objects(MODEL, params, memory, VOCABULARY, **options, rngs_B=rngs)
 
-    plain, rows = both(monkeypatch, run, params, three, jax.random.split(jax.random.key(0), 3))
+    plain, rows = both(monkeypatch, run, params, some, jax.random.split(jax.random.key(0), images))
     np.testing.assert_array_equal(rows.tokens, plain.tokens)
     np.testing.assert_allclose(rows.scores, plain.scores, rtol=1e-4)
     np.testing.assert_allclose(rows.mask_logits, plain.mask_logits, rtol=1e-4, atol=1e-4)
