@@ -38,6 +38,7 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from aitok_jax import tasks
 from aitok_jax.config import translated
+from aitok_jax.data import pipeline
 from aitok_jax.parallel import sharding
 from aitok_jax.training import loop, optim
 from aitok_jax.training.state import TrainState
@@ -130,11 +131,18 @@ def batch_shapes(part: Any, count: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
+def filled_shapes(part: Any, count: int, devices: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The same, filled up by examples of weight 0 where the devices do not divide `count`."""
+    rows = pipeline.full_size(count, devices)
+    weight = {"weight": jax.ShapeDtypeStruct((rows,), np.float32)} if rows > count else {}
+    return batch_shapes(part, rows) | weight
+
+
 def step_of(config: ConfigDict, mesh: jax.sharding.Mesh, batch: dict[str, int]) -> tuple[Any, tuple]:
     """The jitted training step, and the shapes that it takes."""
     task = tasks.build(config.task)
     split = sharding.batch_sharding(mesh)
-    shapes = {name: batch_shapes(part, batch[name]) for name, part in task.parts.items()}
+    shapes = {name: filled_shapes(part, batch[name], mesh.size) for name, part in task.parts.items()}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes)
     one = {name: batch_shapes(part, 1) for name, part in task.parts.items()}
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
@@ -178,7 +186,7 @@ def sizes_of(config: ConfigDict, options: argparse.Namespace, chips: int) -> dic
     if options.what != "train":
         return {next(iter(sizes)): options.per_chip or 1}
     if not options.per_chip:
-        return sizes
+        return {name: size * options.times for name, size in sizes.items()}
     factor = options.per_chip * chips / sum(sizes.values())
     return {name: max(round(size * factor), 1) for name, size in sizes.items()}
 
@@ -294,6 +302,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--chip", default="v5e:4x4", help="v5e:4x4, v5p:2x2x1, v6e:4x4, h100:8 (default: %(default)s)")
     parser.add_argument("--what", choices=("train", "predict", "decode"), default="train")
     parser.add_argument("--per_chip", type=int, default=0, help="images a chip (default: the config's batch)")
+    parser.add_argument("--times", type=int, default=1, help="the config's batch, so many times")
     parser.add_argument("--fsdp", type=int, default=1, help="chips that share the state")
     parser.add_argument("--remat", default="", help="of backbone and transformer, see layers.REMAT")
     parser.add_argument("--depths", default="", help="blocks a stage, to compile a part of the backbone alone")
