@@ -21,6 +21,7 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "opt-barrier"}
 _FREE |= {"partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update", "all-reduce-done"}
 _FREE |= {"all-gather-done", "collective-permute-done", "send-done", "recv-done"}
+_FREE_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"', '"AssumeGatherIndicesInBound"')  # custom calls
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
@@ -84,7 +85,7 @@ class Program:
                 yield from max(runs, key=lambda run: sum(one.times * one.hbm_bytes for one in run))
             elif each.opcode == "call":
                 yield from self._run(each.called("to_apply"), times)
-            elif each.opcode not in _FREE:
+            elif each.opcode not in _FREE and not any(name in each.attributes for name in _FREE_CALLS):
                 cycles = re.search(r'estimated_cycles":"(\d+)"', each.attributes)
                 source = re.search(r'op_name="([^"]*)"', each.attributes)
                 label = re.sub(r"\d+", "#", source[1]) if source else f"({each.opcode})"
@@ -108,8 +109,8 @@ class Program:
     def _moved(self, each: Instruction, types: Mapping[str, str]) -> float:
         result = array_bytes(each.type)
         if each.opcode in ("copy-start", "slice-start"):  # between memories: once, what arrives
-            target = re.match(r"\((.*)", each.type)
-            return min(array_bytes(types[each.operands[0]], False), array_bytes((target or [each.type])[0], False) / 2)
+            given = array_bytes(types[each.operands[0]], False)
+            return array_bytes(each.type, False) - given
         if each.opcode == "dynamic-update-slice":
             return 2 * array_bytes(types.get(each.operands[1], ""))
         if each.opcode in _SLICES:

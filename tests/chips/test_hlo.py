@@ -101,3 +101,47 @@ def test_collectives_of_eight_devices():
     rows = jax.device_put(matrix(), sharding.batch_sharding(mesh))
     found = hlo.collectives(compiled(lambda x: jnp.sum(x, 0), rows))
     assert found == {"all-reduce": {"instructions": 1, "runs": 1, "bytes": 4 * N}}
+
+
+def test_slices_between_memories_are_what_arrives():
+    text = """HloModule m
+
+ENTRY %main (p: f32[256,128]) -> f32[64,128] {
+  %p = f32[256,128]{1,0} parameter(0)
+  %room = f32[1000]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %s = ((f32[256,128]{1,0}), f32[64,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:64], [0:128]}
+  ROOT %d = f32[64,128]{1,0:S(1)} slice-done(%s)
+}
+"""
+    assert hlo.hbm_bytes(hlo.Program(text).operations()) == pytest.approx(4 * 64 * 128, abs=4)
+
+
+def test_fusions_that_slice_inside_fusions_read_the_slice():
+    text = """HloModule m
+
+%inner (a: f32[8,100], i: s32[]) -> f32[1,100] {
+  %a = f32[8,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %cut = f32[1,100]{1,0} dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={1,100}
+}
+
+%outer (b: f32[8,100], j: s32[], c: f32[8,100]) -> (f32[8,100], f32[1,100]) {
+  %b = f32[8,100]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %c = f32[8,100]{1,0} parameter(2)
+  %none = s32[] constant(0)
+  %part = f32[1,100]{1,0} fusion(%b, %j), kind=kLoop, calls=%inner
+  %whole = f32[8,100]{1,0} dynamic-update-slice(%c, %part, %j, %none)
+  ROOT %both = (f32[8,100]{1,0}, f32[1,100]{1,0}) tuple(%whole, %part)
+}
+
+ENTRY %main (x: f32[8,100], n: s32[], y: f32[8,100]) -> (f32[8,100], f32[1,100]) {
+  %x = f32[8,100]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %y = f32[8,100]{1,0} parameter(2)
+  ROOT %f = (f32[8,100]{1,0}, f32[1,100]{1,0}) fusion(%x, %n, %y), kind=kLoop, calls=%outer
+}
+"""
+    row = 4 * 100
+    assert hlo.hbm_bytes(hlo.Program(text).operations()) == row + 4 + 2 * row  # read, the index, the update and the row
