@@ -12,20 +12,24 @@ TRUSTED = 1e-3  # relative difference from the formula, in float32, up to which 
 
 
 @functools.cache
-def trusted(what: str, check: Callable[[], float]) -> bool:
-    """Whether `check`, the largest relative difference from the formula, is small; compared once, on a TPU alone."""
-    if jax.default_backend() != "tpu":
+def trusted(what: str, check: Callable[[], float], platform: str = "tpu", allowed: float = TRUSTED) -> bool:
+    """Whether `check`, the largest relative difference from the formula, is at most `allowed`; asked once.
+
+    Args:
+        platform: 'tpu' or 'gpu', where the kernel runs; it is trusted elsewhere, in programs that are only compiled.
+    """
+    if jax.default_backend() != platform:
         return True
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:  # where no program is being traced
             worst = thread.submit(check).result()
-        problem = "" if worst <= TRUSTED else f"differ from the formula by {worst:.1e}, where {TRUSTED:.0e} is allowed"
+        problem = "" if worst <= allowed else f"differ from the formula by {worst:.1e}, where {allowed:.0e} is allowed"
     except Exception as error:  # of the compiler, for a chip or a version that it was not tried on
         problem = f"cannot be compiled ({type(error).__name__}: {str(error)[:200]})"
     if problem:
         LOG.warning(
             "the kernels of %s %s, on this %s: the formula is used, which takes more memory and time; "
-            "please report this, and the versions of jax and libtpu",
+            "please report this, and the versions of jax and its plugin",
             *(what, problem, jax.devices()[0].device_kind),
         )
     return not problem

@@ -11,7 +11,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from aitok_jax.models import window_kernels
+from aitok_jax.models import window_cudnn, window_kernels
 from aitok_jax.models.layers import ATTENDED, Widths, trunc_normal
 from aitok_jax.models.position_bias import collapse, expand, relative_coordinates
 from aitok_jax.models.self_check import difference, trusted
@@ -70,10 +70,11 @@ class WindowAttention(nn.Module):
 def attention(window: int, regions_WT: np.ndarray | None, fused: Fused | None = None) -> Attend:
     """Attention in N windows: (q, k, v [N,T,C] with the heads side by side, bias f32[heads,P] of offsets) -> [N,T,C].
 
-    q and k are normalised and scaled. Compiled for a TPU it is the kernels of `window_kernels`, for all else the plain
-    formula, which is also taken where the kernels need more memory than there is, in exports, whose batch is open, or
-    where `self_check` fails. Within a mesh (`jax.set_mesh`) every device takes its own windows, and of the gradient of
-    the bias what is summed over devices is that of the offsets.
+    q and k are normalised and scaled. Compiled for a TPU it is the kernels of `window_kernels`; for a CUDA GPU, of
+    values in bfloat16, cuDNN's attention; for all else the plain formula, which is also taken where the kernels need
+    more memory than there is, in exports, whose batch is open, or where `self_check` fails. Within a mesh
+    (`jax.set_mesh`) every device takes its own windows, and of the gradient of the bias what is summed over devices is
+    that of the offsets.
 
     Args:
         regions_WT: of the W windows of an image; pairs of different regions do not see each other. None: all do.
@@ -84,9 +85,10 @@ def attention(window: int, regions_WT: np.ndarray | None, fused: Fused | None = 
     def choose(which: int, *args):
         if fused is not None:
             return fused[which](*args)
-        if not (_fits(args[0], window, len(args[3])) and trusted("window attention", self_check)):
-            return plain[which](*args)
-        return jax.lax.platform_dependent(*args, tpu=kernels[which], default=plain[which])
+        kinds = {"tpu": kernels[which]} if _fits(args[0], window, len(args[3])) else {}
+        if _cudnn_takes(args[2]):
+            kinds["cuda"] = _cudnn(window, regions_WT)[which]
+        return jax.lax.platform_dependent(*args, **kinds, default=plain[which]) if kinds else plain[which](*args)
 
     @jax.custom_vjp
     def attend(q_NTC, k_NTC, v_NTC, bias_hP):
@@ -105,10 +107,21 @@ def attention(window: int, regions_WT: np.ndarray | None, fused: Fused | None = 
 
 
 def _fits(q_NTC: jax.Array, window: int, heads: int) -> bool:
-    """Whether there are kernels for these sizes: not for a number of windows that an export leaves open."""
+    """Whether there are kernels, and sound ones, for these sizes: not for a number of windows that is open."""
     needed = window_kernels.plan(window, heads, q_NTC.shape[2] // heads).bytes
     memory = window_kernels.SMALL_MEMORY.get(jax.devices()[0].device_kind, window_kernels.MEMORY)
-    return isinstance(q_NTC.shape[0], int) and needed <= memory
+    sizes = isinstance(q_NTC.shape[0], int) and needed <= memory
+    return sizes and trusted("window attention", self_check)
+
+
+def _cudnn_takes(v_NTC: jax.Array) -> bool:
+    if v_NTC.dtype != jnp.bfloat16 or not isinstance(v_NTC.shape[0], int) or not window_cudnn.available():
+        return False
+    return trusted("cuDNN's attention", _check_cudnn, platform="gpu", allowed=5e-2)
+
+
+def _check_cudnn() -> float:
+    return self_check(_cudnn)
 
 
 def self_check(fused: Callable[[int, np.ndarray | None], Fused] | None = None) -> float:
@@ -146,6 +159,19 @@ def _kernels(window: int, regions_WT: np.ndarray | None) -> Fused:
         args = (q.astype(v.dtype), k.astype(v.dtype), v, bias, out, dout, regions_WT, window)
         dq, dk, dv, dbias = window_kernels.backward(*args)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv, dbias
+
+    return forward, backward
+
+
+def _cudnn(window: int, regions_WT: np.ndarray | None) -> Fused:
+    """cuDNN's, which reads everything in bfloat16."""
+
+    def forward(q, k, v, bias):
+        return window_cudnn.attend(q, k, v, bias, regions_WT, window).astype(v.dtype)
+
+    def backward(q, k, v, bias, out, dout):
+        del out
+        return jax.vjp(forward, q, k, v, bias)[1](dout)
 
     return forward, backward
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aitok_jax.models import self_check, window_attention, window_kernels
+from aitok_jax.models import self_check, window_attention, window_cudnn, window_kernels
 from aitok_jax.models.position_bias import collapse, expand, relative_index
 from aitok_jax.models.swin_v2 import shift_regions
 from aitok_jax.parallel import sharding
@@ -163,3 +163,24 @@ def test_chips_with_little_memory_get_the_formula(monkeypatch):
     assert "forward_kernel" in str(jax.make_jaxpr(window_attention.attention(30, None))(*args))
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v4")])
     assert "forward_kernel" not in str(jax.make_jaxpr(window_attention.attention(30, None))(*args))
+
+
+@pytest.mark.parametrize(("window", "heads", "shifted"), [(6, 4, False), (7, 2, True), (15, 4, True)])
+def test_what_cudnn_is_asked_for_is_the_formula(monkeypatch, window, heads, shifted):
+    """By XLA's own attention in place of cuDNN's, which needs a GPU: layout, bias, regions, padding and gradients."""
+    args, dout, regions = operands(window, heads, 32, shifted, images=2, dtype=jnp.bfloat16)
+    xla = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    monkeypatch.setattr(
+        window_cudnn.jax.nn,
+        "dot_product_attention",
+        lambda q, k, v, bias, scale, implementation: xla(q, k, v, bias, scale=scale),
+    )
+
+    def gradients(pair):
+        out, pull = jax.vjp(window_attention.attention(window, regions, pair), *args)
+        return out, *pull(dout.astype(out.dtype))
+
+    found = gradients(window_attention._cudnn(window, regions))
+    wanted = gradients(window_attention._plain(window, regions))
+    for ours, formula in zip(found, wanted, strict=True):
+        assert self_check.difference(ours.astype(jnp.float32), formula.astype(jnp.float32)) < 3e-2
