@@ -62,9 +62,3 @@ def collapse(pairs_hTT: jax.Array, window: int) -> jax.Array:
     """f32[h, w², w²] -> f32[h, (2w−1)²]: the sum over the pairs of each offset, the transpose of `expand`."""
     table = jax.ShapeDtypeStruct((pairs_hTT.shape[0], (2 * window - 1) ** 2), pairs_hTT.dtype)
     return jax.linear_transpose(lambda table_hP: expand(table_hP, window), table)(pairs_hTT)[0]
-
-
-def collapse_strips(strips_hwS: jax.Array, window: int) -> jax.Array:
-    """The transpose of `strips`."""
-    table = jax.ShapeDtypeStruct((strips_hwS.shape[0], (2 * window - 1) ** 2), strips_hwS.dtype)
-    return jax.linear_transpose(lambda table_hP: strips(table_hP, window), table)(strips_hwS)[0]
