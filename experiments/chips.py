@@ -1,7 +1,7 @@
 """What a training step or a prediction costs on chips that are not there: compiled for them, and read.
 
     python experiments/chips.py --config=configs/nyu.py[:args] --chip=v5e:4x4 [--per_chip=2] [--fsdp=4]
-        [--what=train|predict|decode] [--remat=blocks] [--depths=2,2,2,2] [--out=FILE.json]
+        [--what=train|predict|decode] [--remat=blocks] [--depths=2,2,2,2] [--schedule] [--out=FILE.json]
 
 compiles the very step that `aitok_jax.main` runs, or the very prediction, and prints memory, arithmetic, bytes through
 HBM, collectives, the roofline of each chip and the operations that move most. For TPUs it takes `pip install
@@ -9,7 +9,8 @@ HBM, collectives, the roofline of each chip and the operations that move most. F
 
 Bytes are counted by `hlo.py`, since the compiler's cost analysis counts a loop's body once, and on-chip buffers as
 traffic; FLOP are those of products and convolutions of the program as it is traced, by `roofline.flops`. Cycles of a
-TPU are the compiler's estimates and, of what has none, those of its schedule (`schedule.py`).
+TPU are the compiler's estimates and, with --schedule, those of its schedule for what has none (`schedule.py`); a whole
+training step then takes more than twice as long to compile.
 """
 
 import argparse
@@ -237,6 +238,7 @@ def _cost(text: str, scheduled: dict[str, float], flops: float, chip: Chip, imag
     times["links_ms"] = 2 * sent / chip.links_gb_s / 1e6  # an all-reduce sends what it sums twice round a ring
     if chip.clock_ghz:
         times["cycles_ms"] = hlo.cycles(operations) / chip.clock_ghz / 1e6
+    if scheduled:
         kernels = [each for each in operations if "pallas_call" in each.label]
         times["kernels_ms"] = hlo.cycles(kernels) / chip.clock_ghz / 1e6  # of those cycles
     step = max(times.values())
@@ -306,6 +308,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--fsdp", type=int, default=1, help="chips that share the state")
     parser.add_argument("--remat", default="", help="of backbone and transformer, see layers.REMAT")
     parser.add_argument("--depths", default="", help="blocks a stage, to compile a part of the backbone alone")
+    parser.add_argument("--schedule", action="store_true", help="read it for what has no estimate (takes far longer)")
     parser.add_argument("--out", type=Path, help="file for the numbers, JSON")
     parser.add_argument("--hlo", type=Path, help="file for the text of the compiled program")
     return parser
@@ -317,8 +320,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")
     dumped = Path(tempfile.mkdtemp())
     gpu = options.chip.startswith(("h100", "h200", "a100"))
-    name, value = ("XLA_FLAGS", GPU_FLAGS) if gpu else ("LIBTPU_INIT_ARGS", f"{schedule.FLAGS}{dumped}")
-    os.environ[name] = f"{os.environ.get(name, '')} {value}".strip()
+    if gpu:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GPU_FLAGS}"
+    elif options.schedule:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {schedule.FLAGS}{dumped}"
     try:
         config = load_config(options.config)
         if options.depths:
