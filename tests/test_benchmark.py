@@ -143,8 +143,9 @@ def test_pieces_of_the_published_set_ups(tmp_path, monkeypatch):
     assert flops["c"][1] == 4 * flops["c"][0]
     soft_tokens = 2 * 4 * tiny_objects.CODES * SHARED["transformer"]["dim"]
     assert flops["e"][0] == flops["f"][0] + soft_tokens
-    n, t, c = 3, 16, 8
-    assert flops["window_attention"][0] == 2 * n * t * c * (4 * c + 2 * t) + 2 * 49 * 512 * (2 + 2)
+    n, t, c, heads = 3, 16, 8, 2
+    lengths = 4 * heads  # of the queries and keys of every head, and back to its channels
+    assert flops["window_attention"][0] == 2 * n * t * c * (4 * c + 2 * t + lengths) + 2 * 49 * 512 * (2 + heads)
 
 
 @pytest.mark.parametrize(

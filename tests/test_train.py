@@ -1,11 +1,9 @@
 """The loop, with a linear model as the task and batches made on the spot."""
 
-import dataclasses
 import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,61 +12,17 @@ import orbax.checkpoint as ocp
 import pytest
 import toy_run
 from jax.experimental.compilation_cache import compilation_cache
+from line_task import TRACES, LinePart, LineTask
 from ml_collections import ConfigDict
 from PIL import Image
 
 from aitok_jax import main, tasks
 from aitok_jax.config import to_json, translated
-from aitok_jax.models import losses
 from aitok_jax.parallel import sharding
 from aitok_jax.training import checkpoint, loop, setup
 from configs import common
 
 ROOT = Path(__file__).parents[1]
-TRACES = []
-
-
-@dataclasses.dataclass(frozen=True)
-class LinePart:
-    """Predicts depth = image @ kernel."""
-
-    kind: ClassVar[str] = "maps"
-    image_size: int = 4
-    noise: float = 0.1
-    scale: float = 1.0
-    broken_at: int = -1
-
-    def predict(self, params, model_state, batch):
-        hidden = jnp.einsum("bhwc,cd->bhwd", batch["image"], params["dense"]["kernel"])
-        bias = params["dense"]["bias"].reshape(1, 1, 1, -1)
-        return {"depth": self.scale * (hidden + bias).sum(-1)}
-
-
-@dataclasses.dataclass(frozen=True)
-class LineTask:
-    """Fits its part; counts its steps in model_state and adds noise from the step's key."""
-
-    name: str
-    part: LinePart
-
-    @property
-    def parts(self):
-        return {self.name: self.part}
-
-    def init(self, rng, batches):
-        kernel = 0.1 * jax.random.normal(rng, (batches[self.name]["image"].shape[-1], 8))
-        params = {"dense": {"kernel": kernel, "bias": jnp.zeros(8)}}
-        return params, {"seen": {"count": jnp.zeros((), jnp.int32)}, "frozen": {"a": jnp.zeros(2), "b": jnp.zeros(2)}}
-
-    def loss(self, params, model_state, batches, rng):
-        TRACES.append(self)
-        batch, part = batches[self.name], self.part
-        count = model_state["seen"]["count"]
-        error = part.predict(params, model_state, batch)["depth"] - batch["depth"]
-        error = error + part.noise * jax.random.normal(rng, error.shape)
-        weight = batch.get("weight")
-        loss = losses.mean(error**2, weight) * jnp.where(count + 1 == part.broken_at, jnp.nan, 1.0)
-        return loss, ({"error": losses.mean(jnp.abs(error), weight)}, model_state | {"seen": {"count": count + 1}})
 
 
 def _batch(seed, step, size):
