@@ -4,7 +4,8 @@
 
 Each is a process of its own and takes minutes; its numbers are kept in a file of --out, and one that is there is not
 measured again. On v5e:16x16 the batch is 16 times as large, what every chip does the same (weak scaling). A set-up
-that does not fit is measured again with `WAYS` to make it fit, the first that does.
+that does not fit is measured again with `WAYS` to make it fit, the first that does. Cycles of kernels are not in the
+table: they take `chips.py --schedule`.
 """
 
 import argparse

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from aitok_jax.models.position_bias import expand
+from aitok_jax.models.window_kernels import APART
 
 MIDDLE = 8.0
-APART = -100.0  # added to the logits of pairs that must not see each other
 NEVER = -1e4  # the bias of a key that is none
 
 
@@ -53,7 +53,7 @@ def attend(
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a cuDNN to compile for."""
+    """Whether there is a cuDNN to compile for. JAX says that there is none, or one too old, by these errors."""
     x = jax.ShapeDtypeStruct((1, 64, 1, 32), jnp.bfloat16)
     attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     try:
