@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 import struct
-import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from torch_files import legacy_file, tensor_program, text, zip_file
+from torch_files import legacy_file, tensor_program, text, torch_save, zip_file
 
 from aitok_jax.convert import torch_file
 from aitok_jax.convert.weight_files import WeightFileError, read_weights, write_weights
@@ -45,7 +44,7 @@ def test_files_of_torch_itself(name):
     np.testing.assert_array_equal(arrays["weight"], read_weights(FIXTURES / "zip.pth")["weight"])
 
 
-@pytest.mark.parametrize("wrapper", [None, "weights", "state_dict", "model"])
+@pytest.mark.parametrize("wrapper", [None, "weights", "state_dict", "model", "module"])
 def test_wrappers(write, wrapper):
     program = tensor_program((3,), (1,), numel=3)
     if wrapper:
@@ -84,9 +83,9 @@ def test_a_flipped_bit_of_a_value_is_noticed(write):
         (zip_file(b"\x80\x02" + b"(" * 100_000 + b"t" * 99_999 + b"."), "holds no arrays"),
         (zip_file(b"\x80\x02(" + b"\x85" * 100_000), "broken pickle"),
         (zip_file(b"\x80\x02}(" + b"\x8a\x01\x05" * 3 + b"u."), "broken pickle: IndexError"),
-        (zip_file(b"\x80\x02}])s."), "a dictionary with a list as a key"),
-        (zip_file(b"\x80\x02})Ns."), "a dictionary with a tuple as a key"),
-        (zip_file(b"\x80\x02}\x8a\x09" + b"\x01" * 9 + b"Ns."), "a dictionary with a int as a key"),
+        (zip_file(b"\x80\x02}])s."), "holds no arrays"),
+        (zip_file(b"\x80\x02})Ns."), "holds no arrays"),
+        (zip_file(b"\x80\x02}\x8a\x09" + b"\x01" * 9 + b"Ns."), "holds no arrays"),
         (zip_file(b"\x80\x02]XY."), "broken pickle: error"),
         (zip_file(b"\x80\x02X\x01\x00\x00\x00\xff."), "broken pickle: UnicodeDecodeError"),
         (zip_file(b"\x80\x02I" + b"9" * 5000 + b"\n."), "broken pickle: ValueError"),
@@ -94,7 +93,8 @@ def test_a_flipped_bit_of_a_value_is_noticed(write):
         (zip_file(b"\x80\x02Na."), "broken pickle: IndexError"),
         (zip_file(b"\x80\x02NNa."), "broken pickle: AttributeError"),
         (zip_file(b"\x80\x02ccollections\nOrderedDict\nN\x85R."), "broken pickle: TypeError"),
-        (zip_file(b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"."), "refused: the pickle instruction BYTEARRAY8"),
+        (zip_file(b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"."), "broken pickle: EOFError"),
+        (zip_file(b"\x80\x05\x97."), "refused: the pickle instruction NEXT_BUFFER"),
         (zip_file(b"\x80\x02r\xff\xff\xff\x7fj\x00\x00\x00\x7f."), "broken pickle: IndexError"),
         (zip_file(b"\x80\x02N\x94r\xff\xff\xff\x7fj\x00\x00\x00\x7f."), "Memo value not found at index 2130706432"),
         (b"PK\x05\x06" + bytes(18), "without data.pkl"),
@@ -133,7 +133,7 @@ def test_no_more_is_unpacked_than_declared(compression, write):
     assert content.count(size) in (2, 4)
     path = write(content.replace(size, declared), "weights.npz")
     tracemalloc.start()
-    with pytest.raises(WeightFileError, match="Bad CRC-32"):
+    with pytest.raises(WeightFileError, match=r"Bad CRC-32|the directory of the zip file does not fit"):
         read_weights(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -160,11 +160,44 @@ def test_two_entries_of_one_name(write):
         read_weights(write(target.getvalue(), "weights.npz"))
 
 
-def test_a_file_that_changes_while_its_arrays_are_used(write):
-    path = write((FIXTURES / "zip.pth").read_bytes())
+@pytest.mark.parametrize("name", GENUINE)
+def test_a_file_that_changes_while_its_arrays_are_used(name, write):
+    path = write((FIXTURES / name).read_bytes())
     arrays = read_weights(path)
     path.write_bytes(b"")
     np.testing.assert_array_equal(arrays["parameter"], [1.5, -2.5])
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.npz"])
+def test_every_bit_of_a_directory(name, write):
+    """Whatever is flipped in it, all of the arrays are read or none."""
+    arrays = {key: np.arange(6.0) for key in "abc"}
+    np.savez(target := io.BytesIO(), **arrays)
+    data = target.getvalue() if name.endswith(".npz") else torch_save(arrays, "model")
+    whole = read_weights(write(data, name))
+    for at in range(data.index(b"PK\x01\x02"), len(data)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[at] ^= 1 << bit
+            try:
+                read = read_weights(write(bytes(changed), name))
+            except WeightFileError:
+                continue
+            assert len(read) == len(whole), (at, bit)
+
+
+def test_an_array_that_the_directory_leaves_out(write):
+    np.savez(target := io.BytesIO(), **{key: np.arange(6.0) for key in "abc"})
+    data = target.getvalue()
+    for mark in (b"a.npy", b"b.npy", b"c.npy"):
+        start = data.rindex(b"PK\x01\x02", 0, data.rindex(mark))
+        stop = data.rindex(mark) + 5
+        end = struct.pack("<HHI", 2, 2, int.from_bytes(data[-10:-6], "little") - (stop - start))
+        shorter = data[:start] + data[stop:-14] + end + data[-6:]
+        with zipfile.ZipFile(io.BytesIO(shorter)) as archive:
+            assert len(archive.namelist()) == 2
+        with pytest.raises(WeightFileError, match="the directory of the zip file does not fit what lies at byte"):
+            read_weights(write(shorter, "weights.npz"))
 
 
 def safetensors(header: dict | bytes, data: bytes = b"") -> bytes:
@@ -287,42 +320,3 @@ def test_a_name_that_could_steer_a_terminal_is_refused(write):
     content = zip_file(tensor_program((3,), (1,), numel=3).replace(b"w", b"\x1b", 1), {"0": bytes(12)})
     with pytest.raises(WeightFileError, match=r"the name '\\x1b'"):
         read_weights(write(content))
-
-
-FUZZ = """
-import random, resource, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from torch_files import mutate, zip_file
-from aitok_jax.convert.weight_files import WeightFileError, read_weights
-
-used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
-sources = [Path(path).read_bytes() for path in sys.argv[2:]]
-program = sources[0][sources[0].index(b"\\x80\\x02"):][:4000]
-program = program[:program.index(b"PK") if b"PK" in program else None]
-rng, counts = random.Random(0), {{"read": 0, "refused": 0}}
-file = open(sys.argv[1], "wb", buffering=0)
-for i in range(10_000):
-    data = zip_file(mutate(rng, program)) if i % 5 == 0 else mutate(rng, sources[i % len(sources)])
-    file.seek(0)
-    file.truncate()
-    file.write(data)
-    try:
-        read_weights(sys.argv[1])
-        counts["read"] += 1
-    except WeightFileError:
-        counts["refused"] += 1
-print(counts)
-"""
-
-
-def test_ten_thousand_mutated_files(tmp_path):
-    """In a process of its own that may take 256 MiB more than it has at the start."""
-    np.savez(tmp_path / "a.npz", w=np.arange(30.0), v=np.ones((3, 4), np.int8))
-    sources = [str(FIXTURES / name) for name in GENUINE] + [str(tmp_path / "a.npz")]
-    code = FUZZ.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", code, str(tmp_path / "mutated"), *sources]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
-    assert result.returncode == 0, result.stderr
-    assert "'refused': " in result.stdout

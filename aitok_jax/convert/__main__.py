@@ -1,17 +1,19 @@
 """Published weights to a directory of ours, and weights of ours to a file under the published names.
 
-    python -m aitok_jax.convert FILE DIR --config=configs/X.py[:name=value,...] [--config.key=value ...]
+    python -m aitok_jax.convert FILE DIR --config=configs/X.py[:name=value,...] [--config.key=value ...] [--key=KEY]
     python -m aitok_jax.convert DIR FILE
 
 The first reads .pt, .pth, .safetensors or .npz and writes what `Predictor.load`, the tokenizers' `load` and
 `config.start_from` read. It prints what became of every name in the file. Where the file lacks a name that the config's
 model has, nothing is written and the exit code is 1. A backbone alone needs no more than that: its directory is what
-`--config.backbone=` of configs/nyu.py and configs/coco.py takes.
+`--config.backbone=` of configs/nyu.py and configs/coco.py takes. Of several sets of weights in FILE the plain one is
+taken; --key=model_ema takes the averaged one that lies under 'model_ema'.
 
 The second takes a run directory, or one that the first has written. FILE is .safetensors, or .pt or .pth where torch is
 installed: {"weights": ...} of a tokenizer, {"state_dict": ...} of a solver.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -24,8 +26,12 @@ from aitok_jax.convert import published, weight_files
 from aitok_jax.training import checkpoint
 
 
-def to_directory(file: str | Path, directory: str | Path, config: ConfigDict) -> published.Report:
+def to_directory(
+    file: str | Path, directory: str | Path, config: ConfigDict, key: str | None = None
+) -> published.Report:
     """Converts a weight file for `config.task` and writes it as DIRECTORY, unless something is missing.
+
+    `key` chooses among several sets of weights, as in `weight_files.read_weights`.
 
     Raises:
       FileNotFoundError: no such file.
@@ -36,10 +42,11 @@ def to_directory(file: str | Path, directory: str | Path, config: ConfigDict) ->
         raise ValueError("the config has no task; give one of a single run, such as configs/nyu.py")
     if checkpoint.latest_step(directory) >= 0:
         raise ValueError(f"{directory} holds checkpoints already; give a new directory")
-    variables, config, report = published.convert(weight_files.read_weights(file), config)
+    state_dict, notes = weight_files.read_with_notes(file, key)
+    variables, config, report = published.convert(state_dict, config)
     if not report.missing:
         checkpoint.save_inference(directory, variables, config)
-    return report
+    return dataclasses.replace(report, notes=notes)
 
 
 def to_file(directory: str | Path, file: str | Path) -> dict[str, tuple[int, ...]]:
@@ -64,7 +71,7 @@ def main(argv: list[str]) -> int:
             for name, shape in to_file(source, target).items():
                 print(f"written: {name} {list(shape)}")
             return 0
-        report = to_directory(source, target, flags.FLAGS.config)
+        report = to_directory(source, target, flags.FLAGS.config, flags.FLAGS.key)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(report)
@@ -78,10 +85,13 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit("error: give FILE DIR --config=configs/X.py, or DIR FILE")
     if checkpoint.locate(args[1]).is_dir() == (flags.FLAGS["config"].value is not None):
         sys.exit("error: --config=configs/X.py is needed to convert a file, and belongs to no directory")
+    if flags.FLAGS.key is not None and flags.FLAGS["config"].value is None:
+        sys.exit("error: --key chooses in a file, and belongs to no directory; leave it out")
     return args
 
 
 if __name__ == "__main__":
     flags.FLAGS.set_gnu_getopt(True)  # flags may follow FILE and DIR
     config_flags.DEFINE_config_file("config", None, "Configuration of the model, with :arguments.", lock_config=True)
+    flags.DEFINE_string("key", None, "Key of the dictionary in FILE to take, such as model_ema.")
     app.run(main, flags_parser=parse_flags)

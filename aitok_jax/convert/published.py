@@ -30,19 +30,21 @@ class Report:
       recomputed: names of tables that follow from the configuration, and of copies of the transformer under a head.
       unused: names that the model does not have.
       missing: published names of what the model has and the file lacks.
+      notes: what lies beside in the file, a line for each.
     """
 
     used: dict[str, str]
     recomputed: tuple[str, ...]
     unused: tuple[str, ...]
     missing: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"used: {name} -> {path}" for name, path in self.used.items()]
         lines += [f"recomputed, not read: {name}" for name in self.recomputed]
         lines += [f"unused: {name}" for name in self.unused] + [f"missing: {name}" for name in self.missing]
-        counts = {field.name: len(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return "\n".join([*lines, ", ".join(f"{count} {name}" for name, count in counts.items())])
+        counts = {name: len(getattr(self, name)) for name in ("used", "recomputed", "unused", "missing")}
+        return "\n".join([*lines, *self.notes, ", ".join(f"{count} {name}" for name, count in counts.items())])
 
 
 def shapes(task: Any) -> dict:

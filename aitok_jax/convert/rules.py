@@ -17,6 +17,8 @@ _DERIVED = re.compile(
 _TOKENIZER = re.compile(r"^(depth|insseg)_head\.vqvae\.")
 _TOKENIZER_NAMES = {"depth": "depth_tokenizer", "insseg": "mask_tokenizer"}
 _RENAMED = {"det_embed": "task_embed"}
+_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_DICTIONARY = re.compile(r"^((weights|state_dict|model)\.)+")
 _NORM = re.compile(r"norm(_?\d+)?$|_ln$")
 _BACKBONE = re.compile(
     r"^(?:backbone\.|encoder\.)?(?=(?:patch_embed|layers|norm\d*|mask_token|absolute_pos_embed)(\.|$))"
@@ -31,7 +33,7 @@ def locate(name: str) -> tuple[str, ...] | None:
     >>> locate("backbone.layers.0.blocks.1.attn.qkv.weight")
     ('params', 'backbone', 'layers_0', 'blocks_1', 'attn', 'qkv', 'kernel')
     """
-    name = name.removeprefix("module.")
+    name = strip(name)
     if _DERIVED.search(name):
         return None
     if match := _TOKENIZER.match(name):
@@ -63,8 +65,17 @@ def publish(path: tuple[str, ...]) -> str:
     return ".".join((*modules, renamed.get(leaf, leaf)))
 
 
+def strip(name: str) -> str:
+    """A name without what PyTorch's wrappers of modules put into it and without the dictionaries around it.
+
+    >>> strip("state_dict.model._orig_mod.module.backbone._orig_mod.norm3.bias")
+    'backbone.norm3.bias'
+    """
+    return _DICTIONARY.sub("", _WRAPPED.sub("", name))
+
+
 def canonical(names: Iterable[str]) -> dict[str, str]:
-    """Name in a file -> published name: without 'module.', and with 'backbone.' before the parts of a Swin-V2 alone.
+    """Name in a file -> published name: see `strip`, and with 'backbone.' before the parts of a Swin-V2 alone.
 
     Pretraining (SimMIM) writes those under 'encoder.' or without a prefix, and calls the last LayerNorm 'norm'.
 
@@ -73,7 +84,7 @@ def canonical(names: Iterable[str]) -> dict[str, str]:
     {'module.encoder.layers.3.blocks.1.norm1.bias': 'backbone.layers.3.blocks.1.norm1.bias',
      'module.encoder.norm.bias': 'backbone.norm3.bias'}
     """
-    plain = {name: _BACKBONE.sub("backbone.", name.removeprefix("module.")) for name in names}
+    plain = {name: _BACKBONE.sub("backbone.", strip(name)) for name in names}
     stages = [int(match[1]) for name in plain.values() if (match := re.match(r"backbone\.layers\.(\d+)\.", name))]
     last = f"backbone.norm{max(stages, default=0)}."
     if any(published.startswith(last) for published in plain.values()):

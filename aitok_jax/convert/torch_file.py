@@ -1,8 +1,13 @@
 """Reads PyTorch's .pt and .pth files, the zip and the older stream format, without PyTorch.
 
 A pickle is a program. It is carried out by the standard library's own machine, cut down to what makes tensors, numbers,
-strings and containers. Nothing is imported, and nothing of the file's choice is called: a name that is neither in
-`CALLS` nor in `STORAGES` is refused as soon as it is mentioned.
+strings and containers. Nothing is imported, and nothing of the file's choice is called. A name in the pickle is one of:
+
+- known, in `CALLS` or `STORAGES`: ours is taken in its place;
+- of Python's standard library and not in `PLAIN` (os.system, builtins.eval): the file is refused as soon as it is
+  mentioned, for no weights need it;
+- any other (yacs.config.CfgNode, argparse.Namespace): a `Placeholder`. To call it, make an object of it or fill that
+  gives the same placeholder, and what it was given is dropped.
 """
 
 import dataclasses
@@ -11,27 +16,39 @@ import io
 import math
 import pickle
 import pickletools
+import sys
 from collections.abc import Callable, Collection, Iterable, Sized
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-WRAPPERS = ("weights", "state_dict", "model")
 MAX_PICKLE = 2**22  # bytes of a file's pickles; those of ten thousand tensors take 3 MB
 MAX_GIVEN = 2**20  # values given to a pickle's calls, over and over maybe; those of ten thousand tensors are 200,000
+MAX_NAME = 200  # characters of a class or function that a pickle mentions
 LEGACY = {"magic number": 0x1950A86A20F9469CFC6C, "protocol": 1001}
 BYTE_ORDER = "its values are not little-endian; save it again on a little-endian machine"
 _NAMES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": ml_dtypes.bfloat16, "Bool": "?"}
 _NAMES |= {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1"}
 STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _NAMES.items()}
-_STANDARD = """
+_PLAIN = """
+    argparse.Namespace types.SimpleNamespace pathlib.PosixPath pathlib.WindowsPath pathlib.PurePosixPath
+    pathlib.PureWindowsPath pathlib._local.PosixPath pathlib._local.WindowsPath uuid.UUID decimal.Decimal
+    datetime.datetime datetime.date datetime.time datetime.timedelta datetime.timezone fractions.Fraction
+    collections.defaultdict collections.deque collections.Counter collections.UserDict collections.UserList
+    builtins.object builtins.set builtins.frozenset builtins.complex builtins.slice builtins.range builtins.bytearray
+    builtins.bytes builtins.str builtins.int builtins.float builtins.bool builtins.list builtins.tuple builtins.dict
+    typing.Any typing.Union typing.Optional typing.Dict typing.List typing.Tuple operator.getitem _operator.getitem
+    copyreg._reconstructor copyreg.__newobj__ _codecs.encode
+"""
+PLAIN = frozenset(_PLAIN.split())  # the standard library's names of objects that hold values
+_INSTRUCTIONS = """
     PROTO FRAME STOP MARK POP POP_MARK DUP GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL
     NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING
     BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 PERSID BINPERSID
     EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS SETITEM SETITEMS
 """
-INSTRUCTIONS = [getattr(pickle, name)[0] for name in _STANDARD.split()]  # as the standard library carries them out
+INSTRUCTIONS = [getattr(pickle, name)[0] for name in _INSTRUCTIONS.split()]  # as the standard library carries them out
 
 
 class WeightFileError(ValueError):
@@ -48,16 +65,30 @@ def is_shape(shape: Collection) -> bool:
 
 
 class Dict(dict):
-    """A dictionary of a pickle; what takes forever to hash (tuples in tuples, endless numbers) is no key of it."""
+    """A dictionary of a pickle; entries whose key may take forever to hash (tuples, endless numbers) are left out."""
 
     def __init__(self, pairs: Iterable = ()):
         for key, value in pairs:
             self[key] = value
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if not isinstance(key, str | int | float | None) or (isinstance(key, int) and not -(2**63) <= key < 2**64):
-            raise WeightFileError(f"a dictionary with {_kind(key)} as a key")
-        super().__setitem__(key, value)
+        if isinstance(key, str | float | None) or (isinstance(key, int) and -(2**63) <= key < 2**64):
+            super().__setitem__(key, value)
+
+
+class Placeholder:
+    """Stands for an object of an unknown class, and for all that is made of it; what it is given is dropped."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def append(self, _: Any) -> None: ...
+
+    def extend(self, _: Any) -> None: ...
+
+    def __setitem__(self, _: Any, value: Any) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +134,12 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def _is_refused(module: str, name: str) -> bool:
+    names, modules = pickle._compat_pickle.NAME_MAPPING, pickle._compat_pickle.IMPORT_MAPPING  # Python 2's to ours
+    module, name = names.get((module, name), (modules.get(module, module), name))
+    return module.split(".")[0] in sys.stdlib_module_names and f"{module}.{name}" not in PLAIN
+
+
 class _Dispatch(dict):
     def __missing__(self, code: int):
         raise WeightFileError(f"refused: the pickle instruction {pickletools.code2op[chr(code)].name}")
@@ -115,21 +152,30 @@ class _Machine(pickle._Unpickler):  # not the C one, which makes room for the la
         super().__init__(file, encoding="latin1")
         self._dtypes, self._given = dtypes, 0
 
-    def find_class(self, module: str, name: str) -> Callable | np.dtype:
+    def find_class(self, module: str, name: str) -> Callable | np.dtype | Placeholder:
+        if len(module) + len(name) > MAX_NAME:
+            raise WeightFileError(f"refused: it wants {module[:80]!r}…, a name of more than {MAX_NAME} characters")
         full = f"{module}.{name}"
-        if full not in CALLS and full not in STORAGES:
+        if full in CALLS or full in STORAGES:
+            return CALLS.get(full) or STORAGES[full]
+        if _is_refused(module, name):
             raise WeightFileError(
-                f"refused: it wants {full!r:.200}, but a weight file may hold tensors, numbers, strings and containers "
+                f"refused: it wants {full!r}, but a weight file may hold tensors, numbers, strings and containers "
                 "only. Nothing was run; if you trust the file, load it with PyTorch and save its state dict alone"
             )
-        return CALLS.get(full) or STORAGES[full]
+        return Placeholder(full)
 
-    def persistent_load(self, pid: Any) -> Storage:
+    def persistent_load(self, pid: Any) -> Storage | Placeholder:
         match pid:
             case ("storage", np.dtype() as dtype, str() as key, _, int() as numel, *view) if not any(view):
                 if self._dtypes.setdefault(key, dtype) != dtype or not are_counts((numel,)):
                     raise WeightFileError(f"storage {key!r:.80} is of two dtypes, or of no proper size")
                 return Storage(dtype, key, numel)
+            case ("module", Placeholder() as kind, *_):  # the class of a module, with its source, in the stream format
+                return kind
+            case ("storage", Placeholder(name=name), *_):
+                known = ", ".join(STORAGES)
+                raise WeightFileError(f"a tensor in a {name!r}, but only {known} are read; save it as one of them")
         named = f"{pid!r:.200}" if isinstance(pid, str) else _kind(pid)
         raise WeightFileError(
             f"refused: a reference to {named} that is no storage, or a view of one: save it with PyTorch 1.6 or later"
@@ -137,6 +183,9 @@ class _Machine(pickle._Unpickler):  # not the C one, which makes room for the la
 
     def load_reduce(self) -> None:
         given, function = self.stack.pop(), self.stack.pop()
+        if isinstance(function, Placeholder):
+            self.append(function)
+            return
         if not callable(function) or not isinstance(given, tuple):
             raise WeightFileError(f"refused: it calls {_kind(function)} with {_kind(given)}")
         self._given += len(given) + sum(len(part) for part in given if isinstance(part, Sized))
@@ -146,19 +195,52 @@ class _Machine(pickle._Unpickler):  # not the C one, which makes room for the la
 
     def load_build(self) -> None:  # state dicts carry a version table as an attribute, which is left out
         state, target = self.stack.pop(), self.stack[-1]
-        if not isinstance(target, dict) or not isinstance(state, dict):
+        if not isinstance(target, Placeholder) and not (isinstance(target, dict) and isinstance(state, dict)):
             raise WeightFileError(f"refused: it sets the state of {_kind(target)}")
 
+    def load_newobj(self) -> None:
+        self.stack.pop()
+        self._make(self.stack.pop(), "NEWOBJ")
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()
+        self.load_newobj()
+
+    def load_obj(self) -> None:
+        self._make(self.pop_mark()[0], "OBJ")
+
     def load_inst(self) -> None:
-        self.load_global()  # says what is wanted
-        raise WeightFileError("refused: the pickle instruction INST")
+        self.load_global()
+        kind = self.stack.pop()
+        self.pop_mark()
+        self._make(kind, "INST")
+
+    def load_frozenset(self) -> None:
+        self.pop_mark()
+        self.append(Placeholder("builtins.frozenset"))
+
+    def load_additems(self) -> None:
+        self.pop_mark()
+        self._make(self.stack.pop(), "ADDITEMS")
+
+    def _make(self, kind: Any, instruction: str) -> None:
+        if not isinstance(kind, Placeholder):
+            raise WeightFileError(f"refused: the pickle instruction {instruction} with {_kind(kind)}")
+        self.append(kind)
 
     dispatch = _Dispatch({code: pickle._Unpickler.dispatch[code] for code in INSTRUCTIONS})
     dispatch |= {
         pickle.EMPTY_DICT[0]: lambda self: self.append(Dict()),
         pickle.REDUCE[0]: load_reduce,
         pickle.BUILD[0]: load_build,
+        pickle.NEWOBJ[0]: load_newobj,
+        pickle.NEWOBJ_EX[0]: load_newobj_ex,
+        pickle.OBJ[0]: load_obj,
         pickle.INST[0]: load_inst,
+        pickle.EMPTY_SET[0]: lambda self: self.append(Placeholder("builtins.set")),
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.ADDITEMS[0]: load_additems,
     }
 
 
@@ -174,20 +256,8 @@ def _run(file: io.BytesIO, dtypes: dict[str, np.dtype]) -> Any:
         raise WeightFileError(f"broken pickle: {type(error).__name__}: {error!s:.200}") from error
 
 
-def _arrays(value: Any, load: Callable[[str], bytes]) -> dict[str, np.ndarray]:
-    """The tensors of the innermost wrapped dictionary; `load` gives the bytes of a storage."""
-    for _ in WRAPPERS:
-        inner = [value[key] for key in WRAPPERS if isinstance(value, dict) and isinstance(value.get(key), dict)]
-        value = inner[0] if inner else value
-    tensors, load = value if isinstance(value, dict) else {}, functools.cache(load)
-    arrays = {k: v.array(load) for k, v in tensors.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not arrays:
-        raise WeightFileError(f"holds no arrays by name, nor a dictionary of them under {', '.join(WRAPPERS)}")
-    return arrays
-
-
-def read_zip(names: Collection[str], read: Callable[[str], bytes]) -> dict[str, np.ndarray]:
-    """The arrays of a zip-format file, whose entries `read` gives.
+def read_zip(names: Collection[str], read: Callable[[str], bytes]) -> tuple[Any, Callable[[str], bytes]]:
+    """What a zip-format file holds, with a `Tensor` for each; `read` gives an entry, the result's a storage.
 
     Raises:
       WeightFileError: as the class says.
@@ -198,11 +268,12 @@ def read_zip(names: Collection[str], read: Callable[[str], bytes]) -> dict[str, 
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}byteorder" in names and read(f"{folder}byteorder") != b"little":
         raise WeightFileError(BYTE_ORDER)
-    return _arrays(_run(io.BytesIO(read(pickles[0])[:MAX_PICKLE]), {}), lambda key: read(f"{folder}data/{key}"))
+    value = _run(io.BytesIO(read(pickles[0])[:MAX_PICKLE]), {})
+    return value, functools.cache(lambda key: read(f"{folder}data/{key}"))
 
 
-def read_legacy(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
-    """The arrays of a file of the stream format (PyTorch before 1.6), as `read_zip`."""
+def read_legacy(file: BinaryIO, size: int) -> tuple[Any, Callable[[str], bytes]]:
+    """What a file of the stream format (PyTorch before 1.6) holds, as `read_zip`."""
     head, dtypes, records = io.BytesIO(file.read(MAX_PICKLE)), {}, {}
     for name, expected in LEGACY.items():
         found = _run(head, {})
@@ -220,5 +291,13 @@ def read_legacy(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
         left = size - file.tell()
         if length > left:
             raise WeightFileError(f"cut off: storage {key!r:.80} should have {length} bytes, {left} are there")
-        records[key] = file.read(length)
-    return _arrays(value, records.__getitem__)
+        records[key] = file.tell(), length
+        file.seek(length, io.SEEK_CUR)
+
+    @functools.cache
+    def load(key: str) -> bytes:
+        start, length = records[key]
+        file.seek(start)
+        return file.read(length)
+
+    return value, load

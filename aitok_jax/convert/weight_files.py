@@ -7,44 +7,55 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from aitok_jax.convert import torch_file
+from aitok_jax.convert import torch_file, weight_sets
 from aitok_jax.convert.torch_file import WeightFileError
 
 MAX_HEADER = 25_000_000  # bytes of a .safetensors header
-MAX_UNPACKED = 2**30  # bytes of an archive that unpacks to more than 20 times its size
+MAX_UNPACKED = 2**28  # bytes of an archive that unpacks to more than 20 times its size
 DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "BOOL": "?"}
 DTYPES |= {f"{kind}{8 * size}": f"{kind.lower()}{size}" for kind in "IU" for size in (8, 4, 2, 1)}
 DTYPES = {code: np.dtype(dtype) for code, dtype in DTYPES.items()}
+DESCRIPTOR = 24  # bytes that may follow an entry of a zip file: its sizes and checksum, once more
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def read_weights(path: str | Path) -> dict[str, np.ndarray]:
+def read_weights(path: str | Path, key: str | None = None) -> dict[str, np.ndarray]:
     """Name -> array of a weight file; nothing in the file is run.
 
     Read are PyTorch's .pt and .pth (both formats), .safetensors and .npz, whatever the suffix. The dictionary inside
-    {"weights": ...}, {"state_dict": ...} or {"model": ...} is taken; what is no array is left out. Arrays are in their
-    own dtypes (bfloat16 as `ml_dtypes.bfloat16`); they may be read-only and share memory.
+    {"weights": ...}, {"state_dict": ...}, {"model": ...} or {"module": ...} is taken; what is no array is left out.
+    Arrays are in their own dtypes (bfloat16 as `ml_dtypes.bfloat16`); they may be read-only and share memory.
+
+    Args:
+      path: the file.
+      key: of another dictionary in the file to take, such as 'model_ema' of averaged weights beside the plain ones.
 
     Raises:
       FileNotFoundError: there is no such file.
-      WeightFileError: a ValueError: a damaged file, another format, a pickle that wants anything but tensors, numbers,
-        strings and containers (the message names what), or one that holds no arrays.
+      WeightFileError: a ValueError: a damaged file, another format, a pickle that mentions functions of Python itself
+        (the message names which), or one that holds no arrays.
     """
+    return read_with_notes(path, key)[0]
+
+
+def read_with_notes(path: str | Path, key: str | None = None) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """`read_weights`, and a line for each thing beside the arrays: other sets of them, and objects passed over."""
     with Path(path).open("rb") as file:
         try:
-            arrays = _read(file, os.fstat(file.fileno()).st_size)
-            for name in arrays:
+            tree, load = _read(file, os.fstat(file.fileno()).st_size)
+            chosen, notes = weight_sets.choose(tree, key)
+            for name in chosen:
                 if not name.isprintable():
-                    raise WeightFileError(f"an array with the name {name!a:.80}")
-            return arrays
+                    raise WeightFileError(f"an array with the name {name!a:.80}; rename it")
+            return {name: value.array(load) if load else value for name, value in chosen.items()}, notes
         except WeightFileError as error:
             raise WeightFileError(f"{path}: {error}") from error
         except Exception as error:  # the readers of zip, JSON and .npy raise a dozen kinds
@@ -52,20 +63,20 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
             raise WeightFileError(f"{path}: {text}; get the file again, or save it again with checksums") from error
 
 
-def _read(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
+def _read(file: BinaryIO, size: int) -> tuple[Any, Callable[[str], bytes] | None]:
+    """What the file holds, and what gives the bytes of a storage to the tensors in it, where these are not arrays."""
     head = file.read(9)
     file.seek(0)
     if head[8:] == b"{":  # before the others: the length in front of it may look like them
-        return _read_safetensors(file, size)
+        return _read_safetensors(file, size), None
     if head[:2] == b"PK":
-        with zipfile.ZipFile(file) as archive:
-            return _read_zip(archive, size)
+        return _read_zip(file, zipfile.ZipFile(file), size)
     if head[:1] == b"\x80":
         return torch_file.read_legacy(file, size)
     raise WeightFileError(f"starts with {head!r}: neither a .pt or .pth of torch.save, nor .safetensors, nor .npz")
 
 
-def _read_zip(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
+def _read_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int) -> tuple[Any, Callable[[str], bytes] | None]:
     entries, read = archive.infolist(), functools.partial(_read_entry, archive)
     names = [entry.filename for entry in entries]
     unpacked, packed = sum(entry.file_size for entry in entries), sum(entry.compress_size for entry in entries)
@@ -73,13 +84,30 @@ def _read_zip(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
         raise WeightFileError(f"claims to unpack to {unpacked} bytes, of {size}")
     if packed > size or len({name.removesuffix(".npy") for name in names}) != len(names):
         raise WeightFileError("damaged: entries that overlap, or two of one name")
+    _check_directory(file, entries, archive.start_dir)
     is_npz = any(name.endswith(".npy") for name in names)
     ways = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED} if is_npz else {zipfile.ZIP_STORED}
     if any(entry.compress_type not in ways or entry.flag_bits & 1 for entry in entries):
         raise WeightFileError("compressed or encrypted as neither torch.save nor np.savez does")
     if is_npz:
-        return {name.removesuffix(".npy"): _read_npy(name, read(name)) for name in names}
+        return {name.removesuffix(".npy"): _read_npy(name, read(name)) for name in names}, None
     return torch_file.read_zip(names, read)
+
+
+def _check_directory(file: BinaryIO, entries: list[zipfile.ZipInfo], end: int) -> None:
+    """The entries must follow each other up to the directory: one flipped bit there may drop those after it."""
+    at = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        gap, at = entry.header_offset - at, entry.header_offset
+        file.seek(at)
+        name_and_extra = struct.unpack("<26xHH", file.read(30))
+        if not 0 <= gap <= DESCRIPTOR:
+            break
+        at += 30 + sum(name_and_extra) + entry.compress_size
+    else:
+        gap = end - at
+    if not 0 <= gap <= DESCRIPTOR:
+        raise WeightFileError(f"damaged: the directory of the zip file does not fit what lies at byte {at}")
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
