@@ -22,10 +22,8 @@ from pathlib import Path
 from hostile import limits
 
 WRONG = ("crash", "hang", "traceback", "memory", "executed")
-MEMORY = 2**31  # bytes that one file may take
-SECONDS = 10.0  # that one file may take
 STARTING = 60.0  # seconds for a process to begin
-WORKER = "from hostile import tries; tries.work(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))"
+WORKER = "from hostile import tries; tries.work(*sys.argv[1:3], *map(int, sys.argv[3:]))"
 EVENTS = ("os.", "subprocess.", "exec", "socket.", "ctypes.", "shutil.", "import", "pickle.find_class", "code.__new__")
 
 
@@ -45,11 +43,11 @@ class _Slow(BaseException):
     """Raised by the alarm; no reader catches it with the exceptions."""
 
 
-def run(module: str, count: int, first: int = 0) -> list[Try]:
-    """Tries the files first..first+count-1 of a module."""
+def run(module: str, count: int, first: int = 0, seconds: int = 10, memory: int = 2**31) -> list[Try]:
+    """Tries the files first..first+count-1 of a module, each with a limit on its time and its bytes of memory."""
     done, stop = [], first + count
     while len(done) < count:
-        done += _one_process(module, first + len(done), stop)
+        done += _one_process(module, first + len(done), stop, seconds, memory)
     return done
 
 
@@ -67,29 +65,30 @@ def table(tries: Iterable[Try]) -> str:
     return "\n".join(" ".join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def _one_process(module: str, first: int, stop: int) -> list[Try]:
+def _one_process(module: str, first: int, stop: int, seconds: int, memory: int) -> list[Try]:
     """Tries files until one of them ends the process, which that one is to blame for."""
     done = []
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as error:
         code = limits.START.format(path=[str(limits.ROOT), str(limits.ROOT / "tests")]) + WORKER
-        command = [sys.executable, "-c", code, module, folder, str(first), str(stop)]
+        command = [sys.executable, "-c", code, module, folder, *map(str, (first, stop, seconds, memory))]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error, bufsize=0)
         patience = STARTING
-        while select.select([process.stdout], [], [], patience)[0] and (line := process.stdout.readline()):
+        while answers := select.select([process.stdout], [], [], patience)[0]:
+            if not (line := process.stdout.readline()):
+                break
             done.append(Try(**json.loads(line)))
-            patience = 2 * SECONDS
-        hangs = process.poll() is None and len(done) < stop - first
+            patience = 2 * seconds
         process.kill()
         process.wait()
         if len(done) < stop - first:
             error.seek(0)
             said, index = error.read().decode(errors="replace")[-2000:], first + len(done)
             kind = importlib.import_module(module).make(index)[0]
-            done.append(Try(index, kind, "hang" if hangs else "crash", said=said))
+            done.append(Try(index, kind, "crash" if answers else "hang", said=said))
     return done
 
 
-def work(module: str, folder: str, first: int, stop: int) -> None:
+def work(module: str, folder: str, first: int, stop: int, seconds: int, memory: int) -> None:
     """Tries the files one after the other, and prints a line of JSON for each."""
     files, path, events, watched = importlib.import_module(module), Path(folder) / "file", [], []
 
@@ -104,14 +103,14 @@ def work(module: str, folder: str, first: int, stop: int) -> None:
     sys.addaudithook(hear)
     signal.signal(signal.SIGALRM, ring)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY + MEMORY // 4,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 * memory,) * 2)
     for index in range(first, stop):
         kind, content = files.make(index)
         path.write_bytes(content)
         events.clear()
         limits.forget()
         before, start = limits.touched(), time.perf_counter()
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         watched.append(True)
         try:
             verdict, said = ("read" if files.read(path) else "refused"), ""
@@ -123,7 +122,7 @@ def work(module: str, folder: str, first: int, stop: int) -> None:
             watched.clear()
             signal.setitimer(signal.ITIMER_REAL, 0)
         ms, peak = 1000 * (time.perf_counter() - start), limits.touched() - before
-        if peak > MEMORY:
+        if peak > memory:
             verdict = "memory"
         if events:
             verdict, said = "executed", "; ".join(events[:5])
