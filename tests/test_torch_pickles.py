@@ -1,16 +1,23 @@
 """Pickles of PyTorch's files: nothing in them runs, and what they claim is checked."""
 
+import argparse
+import collections
+import datetime
+import decimal
 import os
+import pathlib
 import pickle
 import pickletools
 import sys
 import time
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
 from torch_files import legacy_file, tensor, tensor_program, text, zip_file
 
-from aitok_jax.convert.weight_files import WeightFileError, read_weights
+from aitok_jax.convert.weight_files import WeightFileError, read_weights, read_with_notes
 
 
 class Call:
@@ -57,6 +64,20 @@ MALICIOUS = {
     "new object": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "NEWOBJ"),
     "instance": (b"\x80\x02(" + text(TOUCH) + b"ios\nsystem\n.", "'os.system'"),
     "object": (b"\x80\x02(ccollections\nOrderedDict\no.", "OBJ"),
+    "a placeholder alone": (b"\x80\x02cyacs.config\nCfgNode\n)\x81.", "an object, 'yacs.config.CfgNode'"),
+    "what a placeholder is given": (
+        b"\x80\x02cyacs.config\nCfgNode\ncposix\nsystem\n" + text(TOUCH) + b"\x85R\x85R.",
+        "'posix.system'",
+    ),
+    "state of a placeholder": (
+        b"\x80\x02cyacs.config\nCfgNode\n)\x81}" + text("__reduce__") + b"cos\nsystem\nsb.",
+        "'os.system'",
+    ),
+    "nt": (b"\x80\x02cnt\nsystem\n" + text(TOUCH) + b"\x85R.", "'nt.system'"),
+    "old name of subprocess": (b"\x80\x02ccommands\ngetoutput\n" + text(TOUCH) + b"\x85R.", "'commands.getoutput'"),
+    "a name with a dot": (b"\x80\x04" + text("argparse") + text("Namespace.__init__") + b"\x93.", "__init__'"),
+    "a long name": (b"\x80\x04" + text("a" * 300) + text("b") + b"\x93.", "of more than 200 characters"),
+    "items of no set": (b"\x80\x04](K\x01\x90.", "ADDITEMS"),
     "extension registry": (b"\x80\x02\x82\x01.", "EXT1"),
     "text reference": (b"\x80\x02Pos.system\n.", "a reference to 'os.system'"),
     "reference to no storage": (b"\x80\x02" + text("os.system") + b"\x85Q.", "reference"),
@@ -76,6 +97,98 @@ def test_nothing_in_a_pickle_runs(case, wrap, write, tmp_path, monkeypatch):
         read_weights(write(wrap(program)))
     assert not (tmp_path / "marker").exists()
     assert not {name for name in set(sys.modules) - modules if not name.startswith("encodings.")}
+
+
+def stand_in(name: str, *bases: type, **attributes: object) -> type:
+    """A class that pickles under a name of a package that is not there."""
+    module, _, short = name.rpartition(".")
+    return type(short, bases, {"__module__": module, **attributes})
+
+
+CfgNode = stand_in("yacs.config.CfgNode", dict)
+Metadata = stand_in("omegaconf.base.Metadata", __slots__=("a",))
+STAND_INS = {
+    **{name: types.ModuleType(name) for name in ("yacs", "omegaconf")},
+    "yacs.config": types.SimpleNamespace(CfgNode=CfgNode),
+    "omegaconf.base": types.SimpleNamespace(Metadata=Metadata),
+}
+(node := CfgNode(a=1, b=[CfgNode(c=np.float64(2))])).frozen = True
+(metadata := Metadata()).a = 1
+OBJECTS = {
+    "yacs.config.CfgNode": node,
+    "omegaconf.base.Metadata": metadata,
+    "argparse.Namespace": argparse.Namespace(path=pathlib.PurePosixPath("runs"), epochs=3),
+    "pathlib.PurePosixPath": pathlib.PurePosixPath("runs/1"),
+    "types.SimpleNamespace": types.SimpleNamespace(a=1),
+    "datetime.datetime": datetime.datetime(2024, 1, 2),
+    "decimal.Decimal": decimal.Decimal("1.5"),
+    "collections.defaultdict": collections.defaultdict(list, a=[1]),
+    "collections.Counter": collections.Counter("aab"),
+    "collections.deque": collections.deque([1, 2]),
+    "set": {1, 2},
+    "frozenset": frozenset([1, 2]),
+    "complex": 1 + 2j,
+    "slice": slice(1, 2),
+    "bytearray": bytearray(b"abc"),
+    "multiarray.scalar": np.float64(1.5),
+    "_reconstruct": np.arange(3),
+}
+DATA = np.arange(3, dtype=np.float32).tobytes()
+
+
+def around(inner: bytes, key: str = "config") -> bytes:
+    """The pickle of {key: inner, "model": {"w": tensor}}."""
+    model = tensor_program((3,), (1,), numel=3)[2:-1]
+    return b"\x80\x02}" + text(key) + inner + b"s" + text("model") + model + b"s."
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [(name, p) for name in OBJECTS for p in range(6) if p > 1 or name != "omegaconf.base.Metadata"],  # slots need 2
+)
+def test_objects_beside_the_weights_are_passed_over(name, protocol, write):
+    with mock.patch.dict(sys.modules, STAND_INS):
+        program = around(pickle.dumps(OBJECTS[name], protocol)[2 if protocol > 1 else 0 : -1])
+    for content in (zip_file(program, {"0": DATA}), legacy_file(program, {"0": (3, DATA)})):
+        arrays, notes = read_with_notes(write(content))
+        assert arrays.keys() == {"w"}
+        np.testing.assert_array_equal(arrays["w"], [0, 1, 2])
+        if 2 <= protocol <= 4:  # before, they are made in a roundabout way, and later bytearrays are plain
+            assert [note for note in notes if note.startswith("passed over: config: ") and note.endswith(name)]
+    assert "yacs" not in sys.modules
+
+
+def test_harm_beside_the_weights_is_refused(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program = around(
+        b"cyacs.config\nCfgNode\n)\x81}" + text("a") + pickle.dumps(Call(os.system, TOUCH), 2)[2:-1] + b"sb"
+    )
+    with pytest.raises(WeightFileError, match=r"it wants 'posix\.system'.*Nothing was run"):
+        read_weights(write(zip_file(program, {"0": DATA})))
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_tensor_in_an_object_is_not_read(write):
+    """Its storage is not even in the file."""
+    inner = b"cmine\nConfig\n)\x81}" + text("a") + tensor((9,), (1,), numel=9, key="lost") + b"sb"
+    assert read_weights(write(zip_file(around(inner), {"0": DATA}))).keys() == {"w"}
+
+
+def test_a_tensor_of_another_kind_is_no_object(write):
+    quantized = b"ctorch._utils\n_rebuild_qtensor\n(K\x01tR"
+    program = b"\x80\x02}" + text("w") + quantized + b"s" + text("v") + tensor((3,), (1,), numel=3) + b"s."
+    with pytest.raises(
+        WeightFileError, match=r"'w' is a tensor of a kind that is not read \('torch\._utils\._rebuild_q"
+    ):
+        read_weights(write(zip_file(program, {"0": DATA})))
+
+
+def test_the_source_of_a_module_is_passed_over(write):
+    """As PyTorch before 1.6 stored a whole module."""
+    reference = b"(" + text("module") + b"cmine\nNet\n" + text("net.py") + text("class Net: ...") + b"tQ"
+    program = around(reference + b")\x81}b", "net")
+    _, notes = read_with_notes(write(legacy_file(program, {"0": (3, DATA)})))
+    assert notes == ("passed over: net: mine.Net",)
 
 
 def test_the_malicious_pickles_would_run(tmp_path, monkeypatch):

@@ -198,6 +198,10 @@ class _Machine(pickle._Unpickler):  # not the C one, which makes room for the la
         if not isinstance(target, Placeholder) and not (isinstance(target, dict) and isinstance(state, dict)):
             raise WeightFileError(f"refused: it sets the state of {_kind(target)}")
 
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(Dict(zip(items[::2], items[1::2], strict=True)))
+
     def load_newobj(self) -> None:
         self.stack.pop()
         self._make(self.stack.pop(), "NEWOBJ")
@@ -231,6 +235,7 @@ class _Machine(pickle._Unpickler):  # not the C one, which makes room for the la
     dispatch = _Dispatch({code: pickle._Unpickler.dispatch[code] for code in INSTRUCTIONS})
     dispatch |= {
         pickle.EMPTY_DICT[0]: lambda self: self.append(Dict()),
+        pickle.DICT[0]: load_dict,
         pickle.REDUCE[0]: load_reduce,
         pickle.BUILD[0]: load_build,
         pickle.NEWOBJ[0]: load_newobj,
