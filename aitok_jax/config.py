@@ -212,7 +212,8 @@ def _has_parts(task: Mapping) -> bool:
 def _data(fields: Any) -> Any:
     if not isinstance(fields, Mapping) or "name" not in fields:
         return fields
-    return {**_DATA_DEFAULTS, **({"modality": "depth"} if fields["name"] == "nyu" else {}), **fields}
+    of_maps = {"modality": "depth", "depth_scale": 0.0} if fields["name"] == "nyu" else {}
+    return {**_DATA_DEFAULTS, **of_maps, **fields}
 
 
 def _shared(shared: dict[str, Any]) -> dict[str, Any]:

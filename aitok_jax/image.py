@@ -1,35 +1,112 @@
 """Images: the one reader of files, scaling, the square that models of objects see, and PNGs."""
 
 import io
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
+
+from aitok_jax import paths
 
 IMAGENET_MEAN = np.array((123.675, 116.28, 103.53), np.float32) / 255
 """Mean RGB in 0..1; what images are filled up with, since it is exactly 0 once normalised."""
 IMAGENET_STD = np.array((58.395, 57.12, 57.375), np.float32) / 255
+_BOUND = "AITOK_MAX_PIXELS"
+MAX_PIXELS = int(os.environ.get(_BOUND, "100000000"))
+if _BOUND in os.environ:
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow has a bound of its own
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """A file that cannot be read as an image; the message says why, and what to do."""
 
 
 def read_image(file: str | Path | bytes) -> np.ndarray:
-    """An image of any format Pillow reads as uint8[H,W,3] RGB, turned as its EXIF orientation says.
+    """An image of any format Pillow reads as uint8[H,W,3] RGB, as a viewer shows it.
 
-    Grey, palette and transparent images are converted (transparency is dropped); 16-bit grey keeps its upper 8 bits.
+    It is turned as its EXIF orientation says. What is transparent lies on white; 16-bit grey keeps its upper 8 bits,
+    floats in 0..1 become 0..255. Of an animation this is the first picture.
 
     Args:
         file: its path, or its bytes.
     Raises:
-        OSError, ValueError and others of Pillow's decoders: a broken file.
+        OSError: no such file, or no right to read it.
+        ImageError: a broken file, values that are no colours, or more pixels than MAX_PIXELS.
     """
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if is_16_bit_grey(image):
-            image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
+    image = open_image(file)
+    if image.mode == "F" or is_16_bit_grey(image):
+        return np.repeat(_to_8_bits(np.asarray(image))[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    try:
         return np.array(image.convert("RGB"))
+    except ValueError as error:
+        raise ImageError(f"Pillow cannot show mode {image.mode!r} as RGB ({error}); save it as 8-bit RGB") from error
+
+
+def open_image(file: str | Path | bytes) -> Image.Image:
+    """A decoded image in its own mode, turned as its EXIF orientation says; arguments and errors of `read_image`."""
+    with open(file, "rb") if isinstance(file, str | Path) else io.BytesIO(file) as stream:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(stream)
+            _check_size(*image.size)
+            image.load()
+        except ImageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise ImageError(
+                f"{error} Make the image smaller, or raise the bound by {_BOUND} in the environment"
+            ) from error
+        except Exception as error:  # the decoders raise a dozen kinds
+            raise ImageError(f"broken image file ({type(error).__name__}: {error!s:.200}); restore it") from error
+        turn = _TURNS.get(_orientation(image))
+        return image if turn is None else image.transpose(turn)
 
 
 def is_16_bit_grey(image: Image.Image) -> bool:
     return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{width} x {height} pixels are more than the {MAX_PIXELS} that are read at once; make the image smaller, "
+            f"or raise the bound by {_BOUND}={width * height} in the environment"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    """The tag alone: other tags of EXIF may be invalid, and where all of it is, viewers do not turn the image."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as of the decoders
+        return 1
+
+
+def _to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """uint8[H,W] of whole numbers of 16 bits, or of floats in 0..1."""
+    low, high = float(grey.min()), float(grey.max())
+    if grey.dtype.kind == "f":
+        if not (low >= 0 and high <= 1):
+            raise ImageError(f"grey floats of {low:g} to {high:g} are no colours; scale them to 0..1, or save 8 bits")
+        return np.round(grey * 255).astype(np.uint8)
+    if low < 0 or high > 65535:
+        raise ImageError(f"grey values of {low:g} to {high:g} are beyond 16 bits; save the image with 8 or 16 bits")
+    return (grey >> 8).astype(np.uint8)
 
 
 def resize(
@@ -90,5 +167,11 @@ def save_png(path: str | Path, array: np.ndarray) -> None:
         raise ValueError(
             f"PNG needs uint8 [H, W], uint8 [H, W, 3] or uint16 [H, W], got {array.dtype} {array.shape}; convert first"
         )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, format="PNG")
+    with paths.writing(path) as file:
+        Image.fromarray(array).save(file, format="PNG")
+
+
+def save_npy(path: str | Path, array: np.ndarray) -> None:
+    """Writes an array as .npy, making the folder where needed."""
+    with paths.writing(path) as file:
+        np.save(file, array)

@@ -1,6 +1,7 @@
 """Pictures of maps and objects as arrays, made with matplotlib's Agg canvas and without its global state."""
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
@@ -10,6 +11,7 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from aitok_jax.paths import shown
 from aitok_jax.tasks.modalities import Modality
 from aitok_jax.tasks.modalities.modality import color_range
 
@@ -147,7 +149,8 @@ def _mark_boxes(boxes, classes, scores, categories, axes):
         text = name if scores is None else f"{name} {scores[i]:.2f}"
         # imshow puts the centre of the first pixel at 0; in box coordinates it lies at 0.5
         axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.2))
-        label = axes.text(x1, y1, text, fontsize=6, color="white", verticalalignment="top", clip_on=True)
+        style = {"fontsize": 6, "color": "white", "verticalalignment": "top", "clip_on": True, "parse_math": False}
+        label = axes.text(x1, y1, shown(text), **style)
         label.set_bbox({"facecolor": 0.6 * color, "alpha": 0.8, "pad": 0.8, "linewidth": 0})
 
 
@@ -177,8 +180,10 @@ def _draw(tiles: list[tuple], title: str, aspect: float, inches: float = TILE_IN
             bar.set_label(unit, fontsize=8)
             bar.ax.tick_params(labelsize=8)
     if title:
-        figure.suptitle(title, fontsize=11)
-    canvas.draw()
+        figure.suptitle(shown(title), fontsize=11, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")  # a box stands for it
+        canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3].copy()
 
 

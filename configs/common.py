@@ -101,6 +101,7 @@ def maps_data(modality: str, root: str, size: int, recipe: str, **fields: Any) -
     """Images with maps of a modality in the layout of NYUv2; lists may be given, else the folder is looked through."""
     own = {"train_list": "", "test_list": "", "train_subfolder": "", "test_subfolder": "official_splits/test"}
     own |= {"modality": modality, "size": size, "recipe": recipe, "columns": (), "color": False, "cutdepth": "off"}
+    own["depth_scale"] = 0.0  # values a metre in depth files; 0: 1000 of whole numbers, 1 of floats
     return data("nyu", root, **{**own, **fields})
 
 

@@ -29,6 +29,7 @@ LAYERS = (  # of rooms, from the top; those of one line do not import each other
     ("models",),
     ("scenes", "parallel"),
     ("image", "config"),
+    ("paths",),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 ABOVE = {("experiments", "configs")}  # on one line, and yet one imports the other

@@ -12,7 +12,7 @@ from toy_depth import fake_checkpoint, picture
 from aitok_jax import visualize
 from aitok_jax.predict import outputs
 from aitok_jax.predict.__main__ import main
-from aitok_jax.predict.outputs import find_images, name_results
+from aitok_jax.predict.outputs import Results, find_images, name_results
 from aitok_jax.predict.predictor import Predictor
 
 
@@ -29,7 +29,7 @@ def test_command_line_writes_everything(checkpoint, tmp_path):
     assert main([checkpoint, f"--image={tmp_path / 'room.png'}", "--task=depth", f"--out={tmp_path / 'a' / 'b'}"]) == 0
     out = tmp_path / "a" / "b"
     names = {"room_depth.npy", "room_depth.png", "room_confidence.npy", "room_panel.png"}
-    assert {path.name for path in out.iterdir()} == names
+    assert {path.name for path in out.iterdir()} == names | {Results.INDEX}
     depth, millimetres = np.load(out / "room_depth.npy"), np.asarray(Image.open(out / "room_depth.png"))
     assert depth.dtype == np.float32
     assert millimetres.dtype == np.uint16
@@ -90,7 +90,7 @@ def test_folders_and_patterns(checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
 
     def found(*names):
-        return [str(path.relative_to(tmp_path)) for path in find_images([f"{tmp_path}/{name}" for name in names])]
+        return [str(path.relative_to(tmp_path)) for path in find_images([f"{tmp_path}/{name}" for name in names])[0]]
 
     assert found("") == ["a.png", "b.jpeg", "c.JPG"]
     assert found("deep", "a.png") == ["deep/d.png", "a.png"]

@@ -38,7 +38,8 @@ def build(config: Any) -> Data:
     Keys of all: name, root, on_error, cache, expected_train, expected_test (examples; 0 = any), render ({} or the
     arguments of `scenes.ensure`: train, test, height, width, seed, format); also_root and also_count: that many
     training examples of every batch are of the data there, laid out in the same way, 0 = none.
-    'nyu': modality (which maps), train_list, test_list ('' = look through the folder), train_subfolder,
+    'nyu': modality (which maps), depth_scale (values a metre in depth files; 0: 1000 of whole numbers, 1 of floats),
+    train_list, test_list ('' = look through the folder), train_subfolder,
     test_subfolder, size (crop side), recipe ('tokenizer' | 'solver'), columns, color, cutdepth.
     'coco': train_images, test_images (folders), train_annotations, test_annotations (JSONs; all relative to root),
     size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high), order (object_transforms.ORDERS).
@@ -69,7 +70,7 @@ def _nyu(config: Any) -> Data:
         raise ValueError(f"data.recipe={config.recipe!r} must be one of {RECIPES}")
     if config.modality not in MODALITIES:
         raise ValueError(f"data.modality: {unknown(config.modality, MODALITIES)}")
-    modality = MODALITIES[config.modality]()
+    modality = MODALITIES[config.modality](**_file_options(config))
     if config.recipe == "tokenizer":
         train_transform = map_transforms.tokenizer_train(modality, config.size, tuple(config.columns))
     else:
@@ -87,6 +88,19 @@ def _nyu(config: Any) -> Data:
     )
     test = source(config.test_list, subfolder=config.test_subfolder, expected_count=config.expected_test)
     return Data(train, test, train_transform, eval_transform)
+
+
+def _file_options(config: Any) -> dict[str, float]:
+    scale = config.depth_scale
+    if scale and config.modality != "depth":
+        raise ValueError(
+            f"data.depth_scale={scale} is for depth, not for data.modality={config.modality!r}; set it to 0"
+        )
+    if scale < 0:
+        raise ValueError(
+            f"data.depth_scale={scale}, the values a metre in depth files, must be above 0; 0 takes millimetres"
+        )
+    return {"file_scale": scale} if scale else {}
 
 
 def _coco(config: Any) -> Data:

@@ -20,17 +20,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
+from aitok_jax import paths
 from aitok_jax.data.sources import coco, nyu
 from aitok_jax.data.sources.files import DataError, digest
+from aitok_jax.tasks.modalities import depth_files
 from aitok_jax.tasks.modalities.depth import Depth
 
 COCO_COUNTS = 118287, 5000  # images of train2017 and val2017
 _UNFINISHED = "unfinished"
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def prepare_nyu(args: argparse.Namespace) -> None:
-    source = functools.partial(nyu.NyuSource, Depth(), args.root, on_error="skip")
+    source = functools.partial(nyu.NyuSource, Depth(file_scale=args.depth_scale), args.root, on_error="skip")
     train = source(args.train_list, subfolder=args.train_folder, expected_count=args.train_count)
     test = source(args.test_list, subfolder=args.test_folder, expected_count=args.test_count)
     _write_pairs(args, train, test)
@@ -64,20 +67,16 @@ def prepare_folder(args: argparse.Namespace) -> None:
         raise ValueError(f"--test_share={args.test_share} must be between 0 and 1; 0.1 is usual")
 
     for folder in filter(None, (args.images, args.depth)):
-        if not Path(folder).is_dir():
+        if not paths.expand(folder).is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
-    source = coco.CocoSource(args.images, args.annotations, on_error="skip") if args.annotations else None
+    annotations = paths.expand(args.annotations) if args.annotations else None
+    source = coco.CocoSource(paths.expand(args.images), annotations, on_error="skip") if annotations else None
 
     def tested(name):
         return int(digest(name.encode())[:8], 16) < args.test_share * 2**32
 
     if args.depth:
-        images, depth = Path(args.images).absolute(), Path(args.depth).absolute()
-        names = sorted(path.relative_to(images).as_posix() for path in images.rglob("*") if _is_image(path))
-        lines = [
-            {"name": name, "image": str(images / name), "depth": str((depth / name).with_suffix(".png"))}
-            for name in names
-        ]
+        lines = _folder_pairs(paths.expand(args.images).absolute(), paths.expand(args.depth).absolute())
         _build_pairs(
             args,
             {
@@ -90,8 +89,27 @@ def prepare_folder(args: argparse.Namespace) -> None:
         _write_objects(args, source, source, tested)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _SUFFIXES
+def _folder_pairs(images: Path, depth: Path) -> list[dict[str, Any]]:
+    """A line for every image; its depth map has the same name in the other folder, with a suffix of its own."""
+    found, others = paths.find(images, paths.IMAGE_SUFFIXES)
+    maps, more = paths.find(depth, depth_files.SUFFIXES)
+    companions = paths.Companions([*maps, *more], depth_files.SUFFIXES)
+    lines, used = [], set()
+    for path in found:
+        name = path.relative_to(images)
+        expected = (depth / name).with_suffix(depth_files.SUFFIXES[0])
+        map_path = companions.of(expected) or expected
+        if map_path == path or (depth != images and path.is_relative_to(depth)):  # it is a depth map itself
+            continue
+        used.add(map_path)
+        lines.append({"name": name.as_posix(), "image": str(path), "depth": str(map_path)})
+    for kind, passed in {
+        "no image": others,
+        "no depth map of an image": [path for path in maps if path not in used],
+    }.items():
+        if passed:
+            logging.warning("passed over what is %s: %s", kind, paths.listed(passed))
+    return lines
 
 
 def _write_pairs(args: argparse.Namespace, train: nyu.NyuSource, test: nyu.NyuSource) -> None:
@@ -109,7 +127,9 @@ def _build_pairs(args: argparse.Namespace, lines: dict[str, list], broken: list[
     from aitok_jax.data.preparation import write
     from aitok_jax.data.preparation.map_pairs import NyuPairs
 
-    write.build(_settings(args), NyuPairs, {split: _numbered(lines[split]) for split in lines}, broken)
+    scale = getattr(args, "depth_scale", 0.0)
+    numbered = {split: _numbered([line | {"scale": scale} for line in lines[split]]) for split in lines}
+    write.build(_settings(args), NyuPairs, numbered, broken, description={"depth_scale": scale})
 
 
 def _write_objects(
@@ -170,6 +190,7 @@ def _settings(args: argparse.Namespace) -> Any:
     return Settings(out, out / _UNFINISHED, args.max_broken, args.manifest, args.beam or bool(options), options)
 
 
+_DEPTH_SCALE = (0.0, "values a metre in depth files; 0: 1000 of whole numbers (millimetres), 1 of floats")
 _COMMON = {
     "max_broken": (0, "broken files and annotations to leave out before it is an error"),
     "manifest": ("", "prepared folder whose names and hashes the files must have"),
@@ -188,6 +209,7 @@ _KINDS = {  # of each: its function, what it prepares, positional arguments, opt
             "test_folder": ("official_splits/test", "the same to evaluate on"),
             "train_count": (nyu.TRAIN_COUNT, "training pairs that there must be; 0 = any"),
             "test_count": (nyu.TEST_COUNT, "the same to evaluate on"),
+            "depth_scale": _DEPTH_SCALE,
         },
     ),
     "coco": (
@@ -221,7 +243,8 @@ _KINDS = {  # of each: its function, what it prepares, positional arguments, opt
         "your own images",
         ["images"],
         {
-            "depth": ("", "folder of 16-bit PNGs in millimetres: a/b.png for IMAGES/a/b.jpg"),
+            "depth": ("", "folder of depth maps: a/b.png (.tif, .npy, .npz) for IMAGES/a/b.jpg"),
+            "depth_scale": _DEPTH_SCALE,
             "annotations": ("", "instances JSON (COCO) with file names relative to IMAGES"),
             "test_share": (0.1, "share of the images to evaluate on, chosen by a hash of the name"),
         },

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from aitok_jax import paths
 from aitok_jax.scenes.furniture import CLASSES
 from aitok_jax.scenes.render import Scene, check_size, render
 
@@ -134,7 +135,7 @@ def write(
         raise ValueError(f"workers={workers} must be 1 or more")
     root = Path(root)
     _clear(root)
-    _write_json(root / _UNFINISHED, settings)
+    paths.write_text(root / _UNFINISHED, json.dumps(settings))
     for split, count in (("train", train), ("test", test)):
         names = [_name(split, i, "rgb", "jpg") for i in range(count)]
         for folder in {(root / name).parent for name in names}:
@@ -147,8 +148,8 @@ def write(
         if format != "nyu":
             (root / "annotations").mkdir(exist_ok=True)
             content = _annotations_file(split, count, height, width, annotations)
-            _write_json(root / "annotations" / f"instances_{split}.json", content)
-    _write_json(root / _RECORD, settings)
+            paths.write_text(root / "annotations" / f"instances_{split}.json", json.dumps(content))
+    paths.write_text(root / _RECORD, json.dumps(settings))
     (root / _UNFINISHED).unlink()
 
 
@@ -196,13 +197,6 @@ def _clear(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for split in ("train", "test"):
         (root / f"{split}.txt").unlink(missing_ok=True)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Writes a file that is there either whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content))
-    part.replace(path)
 
 
 def _run(jobs: list[_Job], workers: int, title: str) -> list[list[dict]]:

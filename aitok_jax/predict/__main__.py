@@ -9,8 +9,9 @@ writes for each image NAME.ext, at the image's own size and orientation, NAME_pa
 - for instances and detection: NAME_instances.json, all objects as a list of COCO results with NAME as `image_id`. The
   panel shows those whose score is at least --min_score.
 
-Two images of one NAME are refused. An image that cannot be read is reported, the others are still predicted, and the
-exit code is 1.
+`aitok_results.jsonl` there names these files: they are replaced by the next run, and never taken for images; a file
+that is not in it is replaced only with --overwrite. Two images of one NAME are refused. An image that cannot be read
+is reported, the others are still predicted, and the exit code is 1.
 """
 
 import argparse
@@ -21,9 +22,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from aitok_jax import paths
 from aitok_jax.image import read_image
 from aitok_jax.predict import outputs, pointcloud
-from aitok_jax.predict.outputs import find_images, name_results
+from aitok_jax.predict.outputs import Results, find_images, name_results, result_names
 from aitok_jax.predict.predictor import BATCH_SIZE, Predictor
 from aitok_jax.predict.views import model_size
 
@@ -32,19 +34,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Predicts what `argv` says; returns the exit code: 0, or 1 where an image could not be read."""
     options = _parser().parse_args(argv)
     try:
-        stems = name_results(find_images(options.image))
+        results = Results(options.out, options.overwrite)
+        found, passed_over = find_images(options.image)
+        stems = name_results(found)
         predictor = Predictor.load(options.checkpoint)
         task = _checked(options, predictor)
+        results.check(name for stem in stems.values() for name in result_names(predictor, task, stem, options))
     except (ValueError, OSError) as error:
         _parser().error(str(error))
+    if passed_over:
+        print(f"passed over: {paths.listed(passed_over)}", file=sys.stderr)
 
     failed: list[Path] = []
     with tqdm(total=len(stems), unit="image", disable=len(stems) == 1) as bar:
         for images in _read(list(stems), predictor.parts[task].kind, options.batch_size, failed, bar):
-            outputs.write(predictor, task, images, stems, options)
+            try:
+                outputs.write(predictor, task, images, stems, results, options)
+            except OSError as error:
+                sys.exit(f"error: {error}; {bar.n} of {len(stems)} images are done")
             bar.update(len(images))
     if failed:
-        print(f"{len(failed)} of {len(stems)} images failed: {', '.join(map(str, failed))}", file=sys.stderr)
+        print(f"{len(failed)} of {len(stems)} images failed: {paths.listed(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -63,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         help="images, folders of images, or quoted patterns such as 'photos/*.jpg' ('**' for all folders below)",
     )
     parser.add_argument("--out", required=True, help="folder for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace files in --out that are no results of ours")
     parser.add_argument(
         "--min_score", type=float, default=0.5, help="lowest score of an object in the panel (default: %(default)s)"
     )
@@ -95,18 +106,18 @@ def _checked(options: argparse.Namespace, predictor: Predictor) -> str:
 
 
 def _read(
-    paths: Sequence[Path], kind: str, count: int, failed: list[Path], bar: tqdm
+    files: Sequence[Path], kind: str, count: int, failed: list[Path], bar: tqdm
 ) -> Iterator[dict[Path, np.ndarray]]:
     """The images, `count` files at a time; those that cannot be predicted are reported and added to `failed`."""
-    for start in range(0, len(paths), count):
+    for start in range(0, len(files), count):
         images = {}
-        for path in paths[start : start + count]:
+        for path in files[start : start + count]:
             try:
                 image = read_image(path)
                 if kind == "maps":
                     model_size(*image.shape[:2], 1)
             except Exception as error:  # decoders raise many kinds; one bad file must not stop the others
-                tqdm.write(f"{path}: cannot be predicted: {error}", file=sys.stderr)
+                tqdm.write(f"{paths.shown(path)}: cannot be predicted: {error}", file=sys.stderr)
                 failed.append(path)
                 bar.update()
             else:

@@ -3,14 +3,15 @@
 import argparse
 import glob
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from aitok_jax import visualize
-from aitok_jax.image import save_png
+from aitok_jax import paths, visualize
+from aitok_jax.image import save_npy, save_png
 from aitok_jax.predict import pointcloud
 from aitok_jax.predict.predictor import Predictor
 from aitok_jax.tasks import paste
@@ -18,27 +19,88 @@ from aitok_jax.tasks import paste
 PANEL_SIDE = 1600  # pixels; larger images are shown smaller
 
 
-def find_images(names: Sequence[str]) -> list[Path]:
-    """The files that names stand for: a file is itself, a folder its images, a pattern what it matches; in order.
+class Results:
+    """A folder of results, and which files in it are ours: `aitok_results.jsonl` there names them, one a line.
 
-    A folder's images are the files directly in it whose suffix Pillow knows.
+    Args:
+        folder: need not exist.
+        overwrite: whether files that are not ours may be replaced.
+    Raises:
+        OSError: the folder cannot be one, or may not be written to.
+    """
+
+    INDEX = "aitok_results.jsonl"
+
+    def __init__(self, folder: str | Path, overwrite: bool = False):
+        self.folder, self._overwrite = paths.expand(folder), overwrite
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(f"--out={folder}: {there} is a file; give a folder for the results")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(f"--out={folder}: {there} may not be written to; give another folder")
+        self._ours = self.of(self.folder)
+
+    @classmethod
+    def of(cls, folder: Path) -> set[str]:
+        """The names of the results in a folder."""
+        try:
+            lines = (folder / cls.INDEX).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return set()
+        return {json.loads(line) for line in lines if line.endswith('"')}  # a kill may leave half a line
+
+    def check(self, names: Iterable[str]) -> None:
+        """ValueError where one of these names is that of a file which is not ours."""
+        others = [name for name in names if name not in self._ours and (self.folder / name).exists()]
+        if others and not self._overwrite:
+            raise ValueError(
+                f"{self.folder} holds files that are no results of ours and would be written over: "
+                f"{paths.listed(others)}; give another --out, or --overwrite to replace them"
+            )
+
+    def claim(self, names: Sequence[str]) -> None:
+        """Notes that these files, about to be written, are ours."""
+        self.check(names)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / self.INDEX).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(name) + "\n" for name in names if name not in self._ours)
+        self._ours |= set(names)
+
+
+def find_images(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """The images that names stand for, in order, and what was passed over.
+
+    A file is itself, a folder the images directly in it, a pattern what it matches. Passed over are files of a folder
+    whose suffix is that of no image, hidden ones, and our own results.
 
     Raises:
-        ValueError: a folder without images, or a pattern that matches no file.
+        ValueError: a folder or a pattern without an image, or nothing but results.
     """
-    files = []
+    files, passed_over = [], []
     for name in names:
-        found = [Path(name)]
-        if found[0].is_dir():
-            known = Image.registered_extensions()
-            found = sorted(path for path in found[0].iterdir() if path.is_file() and path.suffix.lower() in known)
-        elif glob.has_magic(name) and not found[0].exists():
-            found = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
-        if not found:
-            kind = "folder" if Path(name).is_dir() else "pattern"
-            raise ValueError(f"--image={name}: no image in this {kind}; give files, a folder or a quoted pattern")
-        files += found
-    return files
+        path, others = paths.expand(name), []
+        found = [path]
+        if path.is_dir():
+            found, others = paths.find(path, paths.IMAGE_SUFFIXES, below=False)
+            others = [other for other in others if other.name != Results.INDEX]
+        elif glob.has_magic(name) and not path.exists():
+            found = _matches(path)
+        ours = {folder: Results.of(folder) for folder in {file.parent for file in found}}
+        results = [file for file in found if file.name in ours[file.parent]]
+        files += [file for file in found if file.name not in ours[file.parent]]
+        if len(results) == len(found):
+            kind = "folder" if path.is_dir() else "pattern"
+            why = "nothing but results of ours" if results else f"no image in this {kind}"
+            raise ValueError(f"--image={name}: {why}; give files, a folder or a quoted pattern")
+        passed_over += others + results
+    return files, passed_over
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """Files that a pattern matches; brackets in the name of a folder that exists are no pattern."""
+    there = next(path for path in pattern.parents if path.exists())
+    found = glob.glob(os.path.join(glob.escape(str(there)), pattern.relative_to(there)), recursive=True)
+    return [path for path in map(Path, sorted(found)) if path.is_file()]
 
 
 def name_results(files: Sequence[Path]) -> dict[Path, str]:
@@ -53,11 +115,20 @@ def name_results(files: Sequence[Path]) -> dict[Path, str]:
         twin = owners.setdefault(path.stem.lower(), path)
         if twin.resolve() != path.resolve():
             raise ValueError(
-                f"{twin} and {path} would both be written as {path.stem}_panel.png; "
+                f"{paths.listed([twin, path])} would both be written as {paths.shown(path.stem)}_panel.png; "
                 "predict them into two folders (--out), or rename one"
             )
         stems[twin] = twin.stem
     return stems
+
+
+def result_names(predictor: Predictor, task: str, stem: str, options: argparse.Namespace) -> list[str]:
+    """The files that `write` makes of an image."""
+    endings = ["instances.json", "panel.png"]
+    if predictor.parts[task].kind == "maps":
+        endings = [f"{task}{suffix}" for suffix in predictor.parts[task].modality.writes]
+        endings += ["confidence.npy", "panel.png", *["points.ply"] * (options.ply_fov is not None)]
+    return [f"{stem}_{ending}" for ending in endings]
 
 
 def write(
@@ -65,20 +136,21 @@ def write(
     task: str,
     images: Mapping[Path, np.ndarray],
     stems: Mapping[Path, str],
+    results: Results,
     options: argparse.Namespace,
 ) -> None:
     """Predicts images of files and writes OUT/NAME_..., NAME as `stems` has it; see `predict.__main__`."""
     arrays, names = list(images.values()), [stems[path] for path in images]
     if predictor.parts[task].kind == "maps":
-        results = predictor(arrays, task, augment=options.augment, batch_size=options.batch_size)
+        predicted = predictor(arrays, task, augment=options.augment, batch_size=options.batch_size)
         write_one = _write_map
     else:
-        results = predictor.coco_results(arrays, task, image_id=names, batch_size=options.batch_size)
+        predicted = predictor.coco_results(arrays, task, image_id=names, batch_size=options.batch_size)
         write_one = _write_objects
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    for path, name, result in zip(images, names, results, strict=True):
-        target = Path(options.out) / name
-        panel = write_one(predictor, task, images[path], result, target, path.name, options)
+    for path, name, one in zip(images, names, predicted, strict=True):
+        results.claim(result_names(predictor, task, name, options))
+        target = results.folder / name
+        panel = write_one(predictor, task, images[path], one, target, path.name, options)
         save_png(f"{target}_panel.png", panel)
 
 
@@ -86,7 +158,7 @@ def _write_map(predictor, task, image, maps, target, title, options) -> np.ndarr
     """Writes a map as TARGET_... and returns its panel."""
     modality, map_, confidence = predictor.parts[task].modality, maps[task], maps["confidence"]
     modality.write(target, map_)
-    np.save(f"{target}_confidence.npy", confidence)
+    save_npy(f"{target}_confidence.npy", confidence)
     if options.ply_fov is not None:
         pointcloud.write_ply(f"{target}_points.ply", image, modality.distance(map_), options.ply_fov)
     small, step = _for_panel(image)
@@ -94,11 +166,11 @@ def _write_map(predictor, task, image, maps, target, title, options) -> np.ndarr
     return visualize.map_panel(modality, small, **shown, title=title)
 
 
-def _write_objects(predictor, task, image, results, target, title, options) -> np.ndarray:
+def _write_objects(predictor, task, image, found, target, title, options) -> np.ndarray:
     """Writes objects as TARGET_... and returns their panel."""
-    Path(f"{target}_instances.json").write_text(json.dumps(results))
+    paths.write_text(f"{target}_instances.json", json.dumps(found))
     small, step = _for_panel(image)
-    shown = [result for result in results if result["score"] >= options.min_score]
+    shown = [result for result in found if result["score"] >= options.min_score]
     objects = paste.from_results(shown, [category["id"] for category in predictor.categories], step)
     parts = (objects.get(name) for name in ("boxes", "classes", "scores", "masks"))
     return visualize.objects_panel(small, *parts, [category["name"] for category in predictor.categories], title=title)

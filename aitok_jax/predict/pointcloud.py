@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from aitok_jax import paths
+
 
 def focal_length(width: int, fov: float) -> float:
     """In pixels, of a camera that sees `fov` degrees from the left to the right border of `width` pixels.
@@ -71,9 +73,7 @@ def write_ply(path: str | Path, image: np.ndarray, depth_HW: np.ndarray, fov: fl
     header = ["ply", "format binary_little_endian 1.0", "comment metres; x right, y down, z forward"]
     header += [f"element vertex {len(vertices)}"]
     header += [f"property {'float' if kind == '<f4' else 'uchar'} {name}" for name, kind in fields]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with paths.writing(path) as file:
         file.write(("\n".join([*header, "end_header"]) + "\n").encode("ascii"))
         file.write(vertices.data)
     return len(vertices)

@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import subprocess
 import time
@@ -17,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from aitok_jax import paths
 from aitok_jax.config import flatten
 
 _PACKAGES = ("aitok_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu", "tensorflow")
@@ -36,14 +36,14 @@ class RunDir:
         if self._first_host:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                _write(self.path / "writable", "")
+                paths.write_text(self.path / "writable", "")
                 (self.path / "writable").unlink()
             except OSError as error:
                 raise OSError(f"cannot write to the run directory {path} ({error}); give another --workdir") from error
 
     def write_json(self, name: str, value: Any) -> None:
         if self._first_host:
-            _write(self.path / name, json.dumps(value, indent=2) + "\n")
+            paths.write_text(self.path / name, json.dumps(value, indent=2) + "\n")
 
     def check_data(self, fingerprint: dict[str, Any], start: int) -> None:
         """Keeps a fingerprint of the data in data.json.
@@ -133,17 +133,10 @@ class RunDir:
             kept = {line: json.loads(line) for line in lines if json.loads(line)["step"] <= step}
             self._evaluated = {values["step"] for values in kept.values() if "loss" not in values}
             if self._first_host:
-                _write(file, "".join(kept))
+                paths.write_text(file, "".join(kept))
 
     def _now(self) -> float:
         return time.perf_counter() - self._untimed
-
-
-def _write(file: Path, text: str) -> None:
-    """Replaces the file as a whole, so that a kill leaves the old one or the new one."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text)
-    os.replace(part, file)
 
 
 def _event_writer(path: Path) -> Any:

@@ -40,6 +40,7 @@ def build(
     lines: dict[str, list[Line]],
     broken: list[str],
     annotations: dict[str, tuple[dict[str, Any], str]] | None = None,
+    description: dict[str, Any] | None = None,
 ) -> None:
     """Writes the examples of every split's lines.
 
@@ -47,6 +48,7 @@ def build(
       builder: makes it, given the options of `PreparedBuilder`.
       broken: what is left out already, with the reason.
       annotations: of every split, the content of its instances JSON, and the digest of the file.
+      description: what else prepared.json says.
 
     Raises:
       ValueError: the data set is there already; DataError: no examples, too many broken ones, others than in the
@@ -75,7 +77,7 @@ def build(
     sound = {split: [entry for entry in reports[split] if "problem" not in entry] for split in reports}
     if settings.manifest:
         _check_manifest(Path(settings.manifest), sound)
-    _write_files(made.data_path, sound, broken, annotations or {})
+    _write_files(made.data_path, sound, broken, annotations or {}, description or {})
     made.data_path.parent.rename(place)
     for folder in (work, data):
         shutil.rmtree(folder)
@@ -114,10 +116,18 @@ def _files(report: Line) -> dict[str, str]:
 
 
 def _write_files(
-    folder: Path, sound: dict[str, list[Line]], broken: list[str], annotations: dict[str, tuple[dict[str, Any], str]]
+    folder: Path,
+    sound: dict[str, list[Line]],
+    broken: list[str],
+    annotations: dict[str, tuple[dict[str, Any], str]],
+    description: dict[str, Any],
 ) -> None:
     """What lies beside the records; see `aitok_jax.data.prepared`."""
     for split, entries in sound.items():
+        if not entries:
+            raise DataError(
+                f"all {len(broken)} examples of the split {split!r} are broken; see them above, and mend some"
+            )
         with open(folder / f"manifest_{split}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(_files(entry)) + "\n" for entry in entries)
         if split in annotations:
@@ -128,7 +138,8 @@ def _write_files(
             (folder / f"instances_{split}.json").write_text(json.dumps(annotations[split][0] | parts), encoding="utf-8")
     (folder / "broken.txt").write_text("".join(line + "\n" for line in broken), encoding="utf-8")
     digests = {split: digest for split, (_, digest) in annotations.items()}
-    (folder / "prepared.json").write_text(json.dumps({"annotations": digests, "broken": len(broken)}), encoding="utf-8")
+    written = description | {"annotations": digests, "broken": len(broken)}
+    (folder / "prepared.json").write_text(json.dumps(written), encoding="utf-8")
 
 
 def _beam_options(settings: Settings) -> Any:

@@ -1,19 +1,14 @@
 """Encoded files of data sets: reading them with errors that name them, and going on past broken ones."""
 
 import hashlib
-import struct
 import threading
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from absl import logging
-from PIL import Image
 
-from aitok_jax.image import read_image
-
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+from aitok_jax.image import ImageError, read_image
 
 
 class DataError(ValueError):
@@ -83,14 +78,8 @@ def decode_image(file: File) -> np.ndarray:
     """uint8[H,W,3] RGB, as of `image.read_image`; DataError where it is broken."""
     try:
         return read_image(file.content)
-    except DECODE_ERRORS as error:
-        raise broken(file, error) from error
-
-
-def broken(file: File, error: Exception) -> DataError:
-    return DataError(
-        f"{file.name}: broken image file ({error}); restore it, take it off the list, or set on_error='skip'"
-    )
+    except ImageError as error:
+        raise DataError(f"{file.name}: {error}; else take it off the list, or set on_error='skip'") from error
 
 
 def digest(content: bytes) -> str:

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+from absl import logging
+
+from aitok_jax import paths
 from aitok_jax.data.sources.files import DataError, File, read_file
 from aitok_jax.data.sources.pairs import PairSource
 from aitok_jax.tasks.modalities import Modality
 
 TRAIN_COUNT, TEST_COUNT = 24231, 654  # pairs of the published lists
+_PREFIX = "rgb_"
 
 
 class NyuSource(PairSource):
@@ -17,7 +21,8 @@ class NyuSource(PairSource):
       root: the data folder.
       list_file: a text file (absolute, or relative to `root`) with one pair a line, as in `/scene/rgb_x.jpg
         /scene/sync_depth_x.png`, paths relative to `root/subfolder`; further columns (a focal length) are ignored.
-        '' looks for `rgb_*.jpg` under `root/subfolder` instead, sorted, leaving out `official_splits` of `root`.
+        '' looks for `rgb_*.jpg` (or another image) under `root/subfolder` instead, sorted, leaving out
+        `official_splits` of `root`; the map may have any of the modality's suffixes.
       subfolder: the folder inside `root` that the pairs are relative to ('official_splits/test' for the test part).
       on_error: 'raise' refuses a broken example; 'skip' lets `read_readable` (and so the pipeline) go on without it.
       cache: keep decoded examples in memory (about 2.2 MB for a 640x480 pair).
@@ -46,12 +51,12 @@ class NyuSource(PairSource):
         expected_count: int = 0,
     ):
         super().__init__(modality, on_error, cache=cache, images=images)
-        self._folder = Path(root) / subfolder
+        self._folder = paths.expand(root) / subfolder
         if not self._folder.is_dir():
             raise FileNotFoundError(
                 f"{self._folder}: no such data folder; set data.root (and the subfolder) to the folder of the scenes"
             )
-        origin = Path(root) / list_file if list_file else self._folder
+        origin = paths.expand(root) / list_file if list_file else self._folder
         pairs = self._from_list(origin) if list_file else self._from_folder(leave_out_test=not subfolder)
         if not pairs:
             raise DataError(
@@ -77,10 +82,8 @@ class NyuSource(PairSource):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such list file; give its absolute path, or one relative to data.root")
         pairs = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(paths.read_lines(path), 1):
             columns = line.split()
-            if not columns:
-                continue
             if len(columns) < 2 or columns[1] == "None":
                 expected = f"/scene/rgb_x.jpg /scene/{self.modality.pair.format('x')}"
                 problem = f"{path}:{number}: no {self.modality.name} map in {line!r}; expected {expected!r}"
@@ -92,19 +95,23 @@ class NyuSource(PairSource):
         return pairs
 
     def _from_folder(self, leave_out_test: bool) -> list[tuple[str, str]]:
-        pairs = []
-        for image in sorted(self._folder.rglob("rgb_*.jpg")):
-            name = image.relative_to(self._folder)
-            if leave_out_test and name.parts[0] == "official_splits":
+        images, others = paths.find(self._folder, paths.IMAGE_SUFFIXES)
+        if leave_out_test:
+            images = [path for path in images if path.relative_to(self._folder).parts[0] != "official_splits"]
+        if passed := [path for path in others if path.name.lstrip("._").startswith(_PREFIX)]:
+            logging.warning("passed over what is no image, or hidden: %s", paths.listed(passed))
+        maps, pairs = paths.Companions([*images, *others], self.modality.suffixes), []
+        for path in images:
+            if not path.name.startswith(_PREFIX):
                 continue
-            map_name = name.with_name(self.modality.pair.format(name.stem.removeprefix("rgb_")))
-            if not (self._folder / map_name).is_file():
-                if self.on_error == "raise":
-                    raise FileNotFoundError(
-                        f"{self._folder / map_name}: missing {self.modality.name} map of {name}; restore it, or set "
-                        "on_error='skip'"
-                    )
+            name, map_name = path.relative_to(self._folder), self.modality.pair.format(path.stem.removeprefix(_PREFIX))
+            if map_path := maps.of(path.with_name(map_name)):
+                pairs.append((name.as_posix(), map_path.relative_to(self._folder).as_posix()))
+            elif self.on_error == "raise":
+                raise FileNotFoundError(
+                    f"{path.with_name(map_name)}: missing {self.modality.name} map of {name}; restore it, or set "
+                    "on_error='skip'"
+                )
+            else:
                 self._skip(name.as_posix(), f"it has no {self.modality.name} map")
-                continue
-            pairs.append((name.as_posix(), map_name.as_posix()))
         return pairs

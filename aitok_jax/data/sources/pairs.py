@@ -5,15 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from aitok_jax.data.sources.files import (
-    DECODE_ERRORS,
-    DataError,
-    File,
-    Skipping,
-    decode_image,
-    digest,
-    size_text,
-)
+from aitok_jax.data.sources.files import DataError, File, Skipping, decode_image, digest, size_text
 from aitok_jax.tasks.modalities import Modality
 
 
@@ -61,9 +53,8 @@ def decode_map(modality: Modality, file: File) -> np.ndarray:
     """A map, f32[H,W,...]; DataError where the file is broken or holds something else."""
     try:
         return modality.read(file.content)
-    except DECODE_ERRORS as error:
-        problem = error if type(error) is ValueError else f"broken image file ({error})"
-        raise DataError(f"{file.name}: {problem}; restore it, take it off the list, or set on_error='skip'") from error
+    except ValueError as error:
+        raise DataError(f"{file.name}: {error}; else take it off the list, or set on_error='skip'") from error
 
 
 def decode_pair(modality: Modality, map_file: File, image_file: File | None) -> dict[str, np.ndarray]:

@@ -70,7 +70,7 @@ class PreparedNyu(PairSource):
         images: bool = True,
         expected_count: int = 0,
     ):
-        super().__init__(MODALITY, on_error, cache=cache, images=images)
+        super().__init__(self._modality(folder), on_error, cache=cache, images=images)
         self._records = Records(folder, split, on_error)
         self.names = self._read_names(folder, split)
         if expected_count and len(self.names) != expected_count:
@@ -78,6 +78,9 @@ class PreparedNyu(PairSource):
                 f"{folder}: {len(self.names)} pairs in {split}, but expected_count={expected_count}; prepare the "
                 "published data, or set the expected count to 0"
             )
+
+    def _modality(self, folder: Path) -> Depth:
+        return Depth(file_scale=_description(folder).get("depth_scale", 0.0))
 
     def _read_names(self, folder: Path, split: str) -> list[str]:
         return _manifest_names(folder, split, self._records)
@@ -91,6 +94,9 @@ class TfdsNyu(PreparedNyu):
 
     Depth is rounded to 16-bit floats there (up to 4 mm at 10 m). Names are 'SPLIT/NUMBER', in the order of the records.
     """
+
+    def _modality(self, folder: Path) -> Depth:
+        return MODALITY
 
     def _read_names(self, folder: Path, split: str) -> list[str]:
         return [f"{split}/{index:05}" for index in range(len(self._records))]

@@ -1,7 +1,6 @@
 """Depth along the camera's axis in metres, float32[H,W], 0 where there is no annotation (arXiv 2301.02229, VQ-VAE)."""
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,10 +8,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from aitok_jax.image import is_16_bit_grey, save_png
+from aitok_jax.image import save_npy, save_png
 from aitok_jax.models import losses
+from aitok_jax.tasks.modalities import depth_files
 from aitok_jax.tasks.modalities.modality import Modality, Tile, color_range, masked_mean
 
 MIN_DEPTH = 1e-3  # metres: predictions are clipped here, and annotation below is left out of the metrics
@@ -25,6 +24,7 @@ METRICS = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "
 class Depth(Modality):
     """Attributes:
     max_depth: metres; annotation beyond it is left out of the metrics.
+    file_scale: values a metre in files; 0: 1000 of whole numbers, 1 of floats.
     """
 
     name: ClassVar[str] = "depth"
@@ -36,8 +36,10 @@ class Depth(Modality):
     meaning: ClassVar[str] = "metres, at least 0.001"
     headline: ClassVar[tuple[str, str]] = ("rmse", "min")
     pair: ClassVar[str] = "sync_depth_{}.png"
+    suffixes: ClassVar[tuple[str, ...]] = depth_files.SUFFIXES
 
     max_depth: float = 10.0
+    file_scale: float = 0.0
 
     def encode(self, map_: Any) -> Any:
         return map_[..., None]
@@ -95,19 +97,12 @@ class Depth(Modality):
         }
 
     def read(self, content: bytes) -> np.ndarray:
-        """A 16-bit grey PNG in millimetres."""
-        image = Image.open(io.BytesIO(content))
-        image.load()
-        if not is_16_bit_grey(image):
-            raise ValueError(
-                f"depth must be a 16-bit grey PNG in millimetres, but Pillow reads mode {image.mode!r}; "
-                "write it again with 16 bits (an 8-bit or colour file is a picture of depth, not depth)"
-            )
-        return np.asarray(image).astype(np.float32) / np.float32(1000)
+        """16-bit PNG or TIFF, .npy or .npz, see `depth_files.read`."""
+        return depth_files.read(content, self.file_scale)
 
     def write(self, target: str | Path, map_: np.ndarray) -> None:
         """TARGET_depth.npy in metres and TARGET_depth.png, 16-bit millimetres, 0 to 65535."""
-        np.save(f"{target}_depth.npy", map_)
+        save_npy(f"{target}_depth.npy", map_)
         save_png(f"{target}_depth.png", np.clip(np.round(map_ * 1000), 0, 65535).astype(np.uint16))
 
     def tiles(self, maps: Sequence[np.ndarray]) -> list[Tile]:

@@ -38,6 +38,8 @@ class Modality(abc.ABC):
         meaning: of the numbers of a finished map, for the description of an export.
         headline: the metric that the best weights and the tables go by, and which way is better, 'min' or 'max'.
         pair: the map's file in the NYUv2 layout, where '{}' stands for NNNNN of `rgb_NNNNN.jpg`.
+        writes: suffixes of the files that `write` makes.
+        suffixes: of files that `read` takes, for the same name as that of `pair`.
     """
 
     name: ClassVar[str]
@@ -49,6 +51,8 @@ class Modality(abc.ABC):
     meaning: ClassVar[str]
     headline: ClassVar[tuple[str, str]]
     pair: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]] = (".png",)
+    writes: ClassVar[tuple[str, ...]] = (".npy", ".png")
 
     @abc.abstractmethod
     def encode(self, map_: Any) -> Any:
@@ -110,7 +114,7 @@ class Modality(abc.ABC):
 
     @abc.abstractmethod
     def write(self, target: str | Path, map_: np.ndarray) -> None:
-        """Writes a predicted map as TARGET_NAME with suffixes of its own."""
+        """Writes a predicted map as TARGET_NAME, with each of the suffixes in `writes`."""
 
     @abc.abstractmethod
     def tiles(self, maps: Sequence[np.ndarray]) -> list[Tile]:

@@ -4,7 +4,6 @@ They point out of the surface, towards the camera. All zero where there is no an
 """
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,9 +11,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from aitok_jax.image import save_png
+from aitok_jax.image import open_image, save_npy, save_png
 from aitok_jax.tasks.modalities.modality import Modality, Tile, masked_mean
 
 WITHIN = (11.25, 22.5, 30.0)  # degrees, of the usual shares of pixels
@@ -70,8 +68,7 @@ class Normals(Modality):
 
     def read(self, content: bytes) -> np.ndarray:
         """A PNG in the usual colours, see `colors`; grey 128 in all channels is no annotation."""
-        image = Image.open(io.BytesIO(content))
-        image.load()
+        image = open_image(content)
         if image.mode != "RGB":
             raise ValueError(f"normals must be a picture of 3 x 8 bits, but Pillow reads mode {image.mode!r}")
         picture = np.asarray(image)
@@ -81,7 +78,7 @@ class Normals(Modality):
 
     def write(self, target: str | Path, map_: np.ndarray) -> None:
         """TARGET_normals.npy, float32 unit vectors, and TARGET_normals.png in the usual colours."""
-        np.save(f"{target}_normals.npy", map_)
+        save_npy(f"{target}_normals.npy", map_)
         save_png(f"{target}_normals.png", colors(map_))
 
     def tiles(self, maps: Sequence[np.ndarray]) -> list[Tile]:
