@@ -112,7 +112,44 @@ def test_half_precision_is_converted(variables, state_dict):
     np.testing.assert_allclose(kernel, variables["params"]["transformer"]["proj"]["kernel"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "", "module.", "module.encoder."])
+PREFIXES = (
+    *("module.", "_orig_mod.", "model.", "state_dict.", "weights.", "module._orig_mod.", "_orig_mod.module."),
+    *("state_dict.model.module.", "module.module.", "model._orig_mod.model.", "_fsdp_wrapped_module."),
+)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_all_wrappers(prefix, variables, state_dict):
+    converted, _, report = published.convert({f"{prefix}{name}": array for name, array in state_dict.items()}, CONFIG)
+    assert not report.missing + report.unused
+    same(converted, variables)
+
+
+def test_wrappers_inside(variables, state_dict):
+    """As torch.compile and checkpointing of parts alone name them."""
+    inside = {name.replace("backbone.", "backbone._orig_mod."): array for name, array in state_dict.items()}
+    inside = {name.replace(".blocks.0.", ".blocks.0._checkpoint_wrapped_module."): a for name, a in inside.items()}
+    converted, _, report = published.convert(inside, CONFIG)
+    assert not report.missing + report.unused
+    same(converted, variables)
+
+
+def test_published_names_stay(state_dict):
+    assert {name: rules.strip(name) for name in state_dict} == {name: name for name in state_dict}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_a_tokenizer(prefix):
+    task = {"name": "mask_tokenizer", "tokenizer": {"hidden": 2, "downsample": 16, "num_codes": 4, "code_dim": 3}}
+    task["tokenizer"]["objective"] = "mse"
+    shapes = published.shapes(tasks.build(task))
+    variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    names = published.state_dict(variables, ConfigDict({"task": task}))
+    _, _, report = published.convert({f"{prefix}{n}": a for n, a in names.items()}, ConfigDict({"task": task}))
+    assert not report.missing + report.unused
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "", "module.", "module.encoder.", "model._orig_mod."])
 def test_pretrained_backbone(prefix, variables, state_dict, tmp_path):
     """As SimMIM saves it, from windows of another size, with what only pretraining needs."""
     other = published.state_dict(variables, with_windows(2))
@@ -211,6 +248,15 @@ def test_command_line(tmp_path):
     assert "written: encoder.0.bias [2]" in result.stdout.splitlines()
     same(read_weights(tmp_path / "back.safetensors"), dict(sorted(weights.items())))
 
+    averaged = {f"model_ema.module.{name}": array + 1 for name, array in weights.items()}
+    np.savez(tmp_path / "both.npz", **weights, **averaged)
+    result = command(tmp_path / "both.npz", tmp_path / "averaged", *flags, "--key=model_ema")
+    assert result.returncode == 0, result.stderr
+    same(checkpoint.load_inference(tmp_path / "averaged")[1], jax.tree.map(lambda leaf: leaf + 1, variables))
+    report = to_directory(tmp_path / "both.npz", tmp_path / "plain", config)
+    assert f"beside: model_ema: {len(weights)} arrays; --key=model_ema takes them" in str(report).splitlines()
+    same(checkpoint.load_inference(tmp_path / "plain")[1], variables)
+
     del weights["encoder.0.bias"]
     np.savez(tmp_path / "lacks.npz", **weights)
     result = command(tmp_path / "lacks.npz", tmp_path / "lacks", *flags)
@@ -225,6 +271,11 @@ def test_command_line(tmp_path):
         (["nowhere.pth", "out", "--config=configs/nyu.py"], "No such file"),
         (["tests/weights/zip.pth", "out"], "--config=configs/X.py is needed"),
         (["tests", "out.safetensors"], "no checkpoint in tests"),
+        (["tests", "out.safetensors", "--key=ema"], "--key chooses in a file, and belongs to no directory"),
+        (
+            ["tests/weights/zip.pth", "out", "--config=configs/nyu.py", "--key=ema"],
+            "zip.pth: holds no dictionary under the key 'ema'; leave it out or give another",
+        ),
         (
             ["tests/weights/zip.pth", "out", "--config=configs/nyu.py"],
             "nothing in the file fits the task of the config",

@@ -15,7 +15,7 @@ import pytest
 from torch_files import legacy_file, tensor_program, text, torch_save, zip_file
 
 from aitok_jax.convert import torch_file
-from aitok_jax.convert.weight_files import WeightFileError, read_weights, write_weights
+from aitok_jax.convert.weight_files import WeightFileError, read_weights, read_with_notes, write_weights
 
 FIXTURES = Path(__file__).parent / "weights"  # written by PyTorch 2.13 and safetensors 0.8
 GENUINE = ("zip.pth", "legacy.pth", "protocol4.pth", "mixed.safetensors")
@@ -55,6 +55,63 @@ def test_wrappers(write, wrapper):
         arrays = read_weights(write(content))
         assert arrays.keys() == {"w"}
         np.testing.assert_array_equal(arrays["w"], [0, 1, 2])
+
+
+@pytest.mark.parametrize("key", ["ema", "model_ema", "state_dict_ema", "ema_state_dict", "teacher"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("wrap", [zip_file, legacy_file])
+def test_weights_beside_the_plain_ones(key, nested, wrap, write):
+    """As timm, SimMIM and others save averaged ones; those may be wrapped in their turn."""
+
+    def one(size: int) -> bytes:
+        return tensor_program((size,), (1,), numel=3)[2:-1]
+
+    inner = b"}" + text("module") + one(2) + b"s" if nested else one(2)
+    program = b"\x80\x02}" + text(key) + inner + b"s" + text("epoch") + b"K\x07s" + text("model") + one(3) + b"s."
+    data = np.arange(3, dtype=np.float32).tobytes()
+    path = write(wrap(program, {"0": data if wrap is zip_file else (3, data)}))
+    arrays, notes = read_with_notes(path)
+    assert arrays["w"].shape == (3,)
+    assert notes == (f"beside: {key}: 1 arrays; --key={key} takes them",)
+    assert read_weights(path, key)["w"].shape == (2,)
+    assert read_weights(path, "model")["w"].shape == (3,)
+    with pytest.raises(WeightFileError, match=f"no dictionary under the key 'other'; .*beside: {key}: 1 arrays"):
+        read_weights(path, "other")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.npz"])
+def test_weights_beside_the_plain_ones_in_a_flat_file(name, tmp_path):
+    arrays = {"w": np.ones(3), "model_ema.w": np.ones(2), "_vq_vae._ema_w": np.ones(4), "_ema_w": np.ones(5)}
+    if name.endswith(".npz"):
+        np.savez(tmp_path / name, **arrays)
+    else:
+        write_weights(tmp_path / name, arrays)
+    plain, notes = read_with_notes(tmp_path / name)
+    assert plain.keys() == {"w", "_vq_vae._ema_w", "_ema_w"}
+    assert notes == ("beside: model_ema: 1 arrays; --key=model_ema takes them",)
+    assert {key: array.shape for key, array in read_weights(tmp_path / name, "model_ema").items()} == {"w": (2,)}
+
+
+def test_averaged_weights_alone_are_named(write):
+    program = b"\x80\x02}" + text("model_ema") + tensor_program((3,), (1,), numel=3)[2:-1] + b"s."
+    path = write(zip_file(program, {"0": bytes(12)}))
+    with pytest.raises(WeightFileError, match=r"nor a dictionary of them under .*model_ema: 1 arrays; --key=model_ema"):
+        read_weights(path)
+    assert read_weights(path, "model_ema").keys() == {"w"}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+def test_pytorch_loads_what_is_written(suffix, tmp_path):
+    torch = pytest.importorskip("torch")
+    arrays = {"0.weight": np.arange(6.0, dtype=np.float32).reshape(2, 3), "0.bias": np.ones(2, np.float32)}
+    arrays |= {"1.weight": np.ones((3, 2), np.float32).T.copy().T, "1.bias": np.zeros(3, np.float32)}
+    write_weights(tmp_path / f"w{suffix}", arrays, "state_dict")
+    loaded = torch.load(tmp_path / f"w{suffix}", weights_only=True)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 3))
+    model.load_state_dict(loaded["state_dict"], strict=True)
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), arrays[name])
+    assert read_weights(tmp_path / f"w{suffix}").keys() == arrays.keys()
 
 
 @pytest.mark.parametrize("name", GENUINE)
@@ -170,13 +227,13 @@ def test_a_file_that_changes_while_its_arrays_are_used(name, write):
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.npz"])
 def test_every_bit_of_a_directory(name, write):
-    """Whatever is flipped in it, all of the arrays are read or none."""
+    """Whatever is flipped in it, all of the arrays are read or none; a third of the bits of each byte are tried."""
     arrays = {key: np.arange(6.0) for key in "abc"}
     np.savez(target := io.BytesIO(), **arrays)
     data = target.getvalue() if name.endswith(".npz") else torch_save(arrays, "model")
     whole = read_weights(write(data, name))
     for at in range(data.index(b"PK\x01\x02"), len(data)):
-        for bit in range(8):
+        for bit in range(at % 3, 8, 3):
             changed = bytearray(data)
             changed[at] ^= 1 << bit
             try:
