@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from aitok_jax import paths
 
@@ -71,6 +71,8 @@ def open_image(file: str | Path | bytes) -> Image.Image:
             raise ImageError(
                 f"{error} Make the image smaller, or raise the bound by {_BOUND} in the environment"
             ) from error
+        except UnidentifiedImageError as error:
+            raise ImageError("broken image file, or of a format that Pillow does not know; restore it") from error
         except Exception as error:  # the decoders raise a dozen kinds
             raise ImageError(f"broken image file ({type(error).__name__}: {error!s:.200}); restore it") from error
         turn = _TURNS.get(_orientation(image))

@@ -159,7 +159,7 @@ def test_truncated_file(tmp_path, name, keep):
     path = tmp_path / "a" / name
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(nyu.DataError, match=rf"a/{name}: broken image file \(.*\); restore it, take it off"):
+    with pytest.raises(nyu.DataError, match=rf"a/{name}: broken image file.*; restore it, or take it off"):
         nyu.NyuSource(DEPTH, tmp_path).read(0)
 
 

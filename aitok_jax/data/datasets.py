@@ -150,7 +150,7 @@ def _coco_sources(
 def _prepared(config: Any) -> Path | None:
     """The folder of prepared data, where root has some."""
     folder = _find(config, config.root)
-    chosen = [key for key in ("train_list", "test_list", "render") if key in config] if folder else []
+    chosen = [key for key in ("train_list", "test_list", "render", "depth_scale") if key in config] if folder else []
     for key in chosen:
         if config[key]:
             raise ValueError(

@@ -79,7 +79,7 @@ def decode_image(file: File) -> np.ndarray:
     try:
         return read_image(file.content)
     except ImageError as error:
-        raise DataError(f"{file.name}: {error}; else take it off the list, or set on_error='skip'") from error
+        raise DataError(f"{file.name}: {error}, or take it off the list, or set on_error='skip'") from error
 
 
 def digest(content: bytes) -> str:

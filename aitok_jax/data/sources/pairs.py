@@ -54,7 +54,7 @@ def decode_map(modality: Modality, file: File) -> np.ndarray:
     try:
         return modality.read(file.content)
     except ValueError as error:
-        raise DataError(f"{file.name}: {error}; else take it off the list, or set on_error='skip'") from error
+        raise DataError(f"{file.name}: {error}, or take it off the list, or set on_error='skip'") from error
 
 
 def decode_pair(modality: Modality, map_file: File, image_file: File | None) -> dict[str, np.ndarray]:
