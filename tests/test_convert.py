@@ -114,7 +114,13 @@ def test_half_precision_is_converted(variables, state_dict):
 
 PREFIXES = (
     *("module.", "_orig_mod.", "model.", "state_dict.", "weights.", "module._orig_mod.", "_orig_mod.module."),
-    *("state_dict.model.module.", "module.module.", "model._orig_mod.model.", "_fsdp_wrapped_module."),
+    *(
+        "state_dict.model.module.",
+        "module.module.",
+        "model._orig_mod.model.",
+        "weights.state_dict.model.",
+        "_fsdp_wrapped_module.",
+    ),
 )
 
 

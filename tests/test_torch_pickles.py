@@ -32,18 +32,18 @@ class Call:
 
 TOUCH = "touch marker"
 MALICIOUS = {
-    "os.system": (pickle.dumps({"weights": Call(os.system, TOUCH)}, 2), "'posix.system'"),
-    "protocol 4": (pickle.dumps({"weights": Call(os.system, TOUCH)}, 4), "'posix.system'"),
-    "protocol 0": (b"\x80\x00" + pickle.dumps(Call(os.system, TOUCH), 0), "'posix.system'"),
-    "eval": (pickle.dumps(Call(eval, "open('marker', 'w')"), 4), "'builtins.eval'"),
-    "old name of eval": (pickle.dumps(Call(eval, "open('marker', 'w')"), 2), "'__builtin__.eval'"),
+    "os.system": (pickle.dumps({"weights": Call(os.system, TOUCH)}, 2), "wants 'posix.system'"),
+    "protocol 4": (pickle.dumps({"weights": Call(os.system, TOUCH)}, 4), "wants 'posix.system'"),
+    "protocol 0": (b"\x80\x00" + pickle.dumps(Call(os.system, TOUCH), 0), "wants 'posix.system'"),
+    "eval": (pickle.dumps(Call(eval, "open('marker', 'w')"), 4), "wants 'builtins.eval'"),
+    "old name of eval": (pickle.dumps(Call(eval, "open('marker', 'w')"), 2), "wants '__builtin__.eval'"),
     "torch hub": (b"\x80\x02ctorch.hub\nload\n" + text("evil/repo") + text("model") + b"\x86R.", "'torch.hub.load'"),
     "torch load": (b"\x80\x02ctorch\nload\n" + text("other.pth") + b"\x85R.", "'torch.load'"),
-    "getattr": (pickle.dumps(Call(getattr, Call(__import__, "os"), "system"), 4), "'builtins.getattr'"),
-    "only named": (b"\x80\x02cos\nsystem\n0}.", "'os.system'"),
+    "getattr": (pickle.dumps(Call(getattr, Call(__import__, "os"), "system"), 4), "wants 'builtins.getattr'"),
+    "only named": (b"\x80\x02cos\nsystem\n0}.", "wants 'os.system'"),
     "argument of an allowed call": (
         b"\x80\x02ccollections\nOrderedDict\n(cos\nsystem\n" + text(TOUCH) + b"\x85RtR.",
-        "'os.system'",
+        "wants 'os.system'",
     ),
     "call of a call's result": (b"\x80\x02ccollections\nOrderedDict\n)R" + text(TOUCH) + b"\x85R.", "calls a Dict"),
     "call of a string": (b"\x80\x02" + text("os.system") + text(TOUCH) + b"\x85R.", "calls a str"),
@@ -54,7 +54,7 @@ MALICIOUS = {
     ),
     "through the memo": (
         b"\x80\x02ccollections\nOrderedDict\nq\x000cos\nsystem\nq\x000h\x00" + text(TOUCH) + b"\x85R.",
-        "'os.system'",
+        "wants 'os.system'",
     ),
     "state of an allowed name": (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}" + text("__code__") + text(TOUCH) + b"sb.",
@@ -62,19 +62,22 @@ MALICIOUS = {
     ),
     "state of a dict": (b"\x80\x02}" + text(TOUCH) + b"b.", "sets the state of a Dict"),
     "new object": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "NEWOBJ"),
-    "instance": (b"\x80\x02(" + text(TOUCH) + b"ios\nsystem\n.", "'os.system'"),
+    "instance": (b"\x80\x02(" + text(TOUCH) + b"ios\nsystem\n.", "wants 'os.system'"),
     "object": (b"\x80\x02(ccollections\nOrderedDict\no.", "OBJ"),
     "a placeholder alone": (b"\x80\x02cyacs.config\nCfgNode\n)\x81.", "an object, 'yacs.config.CfgNode'"),
     "what a placeholder is given": (
         b"\x80\x02cyacs.config\nCfgNode\ncposix\nsystem\n" + text(TOUCH) + b"\x85R\x85R.",
-        "'posix.system'",
+        "wants 'posix.system'",
     ),
     "state of a placeholder": (
         b"\x80\x02cyacs.config\nCfgNode\n)\x81}" + text("__reduce__") + b"cos\nsystem\nsb.",
-        "'os.system'",
+        "wants 'os.system'",
     ),
-    "nt": (b"\x80\x02cnt\nsystem\n" + text(TOUCH) + b"\x85R.", "'nt.system'"),
-    "old name of subprocess": (b"\x80\x02ccommands\ngetoutput\n" + text(TOUCH) + b"\x85R.", "'commands.getoutput'"),
+    "nt": (b"\x80\x02cnt\nsystem\n" + text(TOUCH) + b"\x85R.", "wants 'nt.system'"),
+    "old name of subprocess": (
+        b"\x80\x02ccommands\ngetoutput\n" + text(TOUCH) + b"\x85R.",
+        "wants 'commands.getoutput'",
+    ),
     "a name with a dot": (b"\x80\x04" + text("argparse") + text("Namespace.__init__") + b"\x93.", "__init__'"),
     "a long name": (b"\x80\x04" + text("a" * 300) + text("b") + b"\x93.", "of more than 200 characters"),
     "items of no set": (b"\x80\x04](K\x01\x90.", "ADDITEMS"),

@@ -9,7 +9,7 @@ import numpy as np
 from aitok_jax.convert.torch_file import Placeholder, Tensor, WeightFileError
 
 WRAPPERS = ("weights", "state_dict", "model", "module")
-MAX_LOOKED_AT = 50  # dictionaries and objects beside the weights; they may share a large one
+MAX_LOOKED_AT = 50  # dictionaries and objects beside the weights, of which all may be one large dictionary
 _AVERAGED = re.compile(r"(^|_)ema(_|$)")
 _TENSOR = re.compile(r"\._rebuild\w*$")  # the functions that make tensors of kinds which are not read
 
@@ -85,15 +85,11 @@ def _arrays(tree: dict) -> dict[str, Any]:
 
 
 def _notes(found: dict[str, Any]) -> tuple[str, ...]:
-    notes, counts = [], {}
+    notes = []
     for name, value in itertools.islice(found.items(), MAX_LOOKED_AT):
         if isinstance(value, Placeholder):
             notes.append(f"passed over: {_printable(name)}: {_printable(value.name)}")
-            continue
-        inner = _unwrapped(value)
-        if id(inner) not in counts:  # many names may have one large dictionary
-            counts[id(inner)] = sum(isinstance(array, Tensor | np.ndarray) for array in inner.values())
-        if count := counts[id(inner)]:
+        elif count := sum(isinstance(array, Tensor | np.ndarray) for array in _unwrapped(value).values()):
             notes.append(f"beside: {_printable(name)}: {count} arrays; --key={_printable(name)} takes them")
     return tuple(notes)
 
