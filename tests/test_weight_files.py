@@ -75,7 +75,7 @@ def test_weights_beside_the_plain_ones(key, nested, wrap, write):
     assert notes == (f"beside: {key}: 1 arrays; --key={key} takes them",)
     assert read_weights(path, key)["w"].shape == (2,)
     assert read_weights(path, "model")["w"].shape == (3,)
-    with pytest.raises(WeightFileError, match=f"no dictionary under the key 'other'; .*beside: {key}: 1 arrays"):
+    with pytest.raises(WeightFileError, match=f"no dictionary under the key 'other' .beside: {key}: 1 arrays"):
         read_weights(path, "other")
 
 
@@ -125,14 +125,16 @@ def test_every_cut_is_noticed(name, write):
 def test_a_flipped_bit_of_a_value_is_noticed(write):
     data = bytearray(zip_file(tensor_program((3,), (1,), numel=3), {"0": b"twelve bytes"}))
     data[data.index(b"twelve")] ^= 1
-    with pytest.raises(WeightFileError, match=r"Bad CRC-32 for file 'archive/data/0'.*with checksums"):
+    with pytest.raises(
+        WeightFileError, match=r"Bad CRC-32 for file 'archive/data/0'; get the file again, or save it again"
+    ):
         read_weights(write(bytes(data)))
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "neither"),
+        (b"", "is empty: neither"),
         (b"\x89PNG\r\n\x1a\n" + bytes(100), r"starts with b'\\x89PNG.*neither a \.pt or \.pth"),
         (zip_file(pickle.dumps({"epoch": 3}, 2)), "holds no arrays"),
         (zip_file(pickle.dumps(7, 2)), "holds no arrays"),

@@ -27,7 +27,7 @@ MAX_PICKLE = 2**22  # bytes of a file's pickles; those of ten thousand tensors t
 MAX_GIVEN = 2**20  # values given to a pickle's calls, over and over maybe; those of ten thousand tensors are 200,000
 MAX_NAME = 200  # characters of a class or function that a pickle mentions
 LEGACY = {"magic number": 0x1950A86A20F9469CFC6C, "protocol": 1001}
-BYTE_ORDER = "its values are not little-endian; save it again on a little-endian machine"
+BYTE_ORDER = "its values are not little-endian", "save it again on a little-endian machine"
 _NAMES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": ml_dtypes.bfloat16, "Bool": "?"}
 _NAMES |= {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1"}
 STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _NAMES.items()}
@@ -52,7 +52,11 @@ INSTRUCTIONS = [getattr(pickle, name)[0] for name in _INSTRUCTIONS.split()]  # a
 
 
 class WeightFileError(ValueError):
-    """A file that is damaged, is none of the formats, or holds what a weight file must not."""
+    """A file that is damaged, is none of the formats, or holds what a weight file must not; and what to do then."""
+
+    def __init__(self, what: str, way_out: str = "get the file again, or save it again"):
+        super().__init__(f"{what}; {way_out}")
+        self.what, self.way_out = what, way_out
 
 
 def are_counts(numbers: Iterable) -> bool:
@@ -104,7 +108,9 @@ class Tensor:
     def __init__(self, storage: Storage, offset: int, size: tuple, stride: tuple, *_):
         kinds_ok = isinstance(storage, Storage) and isinstance(size, tuple) and isinstance(stride, tuple)
         if not kinds_ok or not is_shape(size) or len(stride) != len(size) or not are_counts((offset, *stride)):
-            raise WeightFileError("a tensor of impossible storage, size, stride or offset")
+            raise WeightFileError(
+                "a tensor of impossible storage, size, stride or offset: these are up to 32 whole numbers each, from 0"
+            )
         end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if 0 not in size and max(math.prod(size), end) > storage.numel:
             where = f"size {size}, stride {stride} and offset {offset}"
@@ -161,7 +167,8 @@ class _Machine(pickle._Unpickler):  # not the C one, which makes room for the la
         if _is_refused(module, name):
             raise WeightFileError(
                 f"refused: it wants {full!r}, but a weight file may hold tensors, numbers, strings and containers "
-                "only. Nothing was run; if you trust the file, load it with PyTorch and save its state dict alone"
+                "only. Nothing was run",
+                "if you trust the file, load it with PyTorch and save its state dict alone",
             )
         return Placeholder(full)
 
@@ -175,10 +182,11 @@ class _Machine(pickle._Unpickler):  # not the C one, which makes room for the la
                 return kind
             case ("storage", Placeholder(name=name), *_):
                 known = ", ".join(STORAGES)
-                raise WeightFileError(f"a tensor in a {name!r}, but only {known} are read; save it as one of them")
+                raise WeightFileError(f"a tensor in a {name!r}, but only {known} are read", "save it as one of them")
         named = f"{pid!r:.200}" if isinstance(pid, str) else _kind(pid)
         raise WeightFileError(
-            f"refused: a reference to {named} that is no storage, or a view of one: save it with PyTorch 1.6 or later"
+            f"refused: a reference to {named} that is no storage, or a view of one",
+            "save it with PyTorch 1.6 or later",
         )
 
     def load_reduce(self) -> None:
@@ -272,7 +280,7 @@ def read_zip(names: Collection[str], read: Callable[[str], bytes]) -> tuple[Any,
         raise WeightFileError("a zip file without data.pkl: not one that torch.save has written")
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}byteorder" in names and read(f"{folder}byteorder") != b"little":
-        raise WeightFileError(BYTE_ORDER)
+        raise WeightFileError(*BYTE_ORDER)
     value = _run(io.BytesIO(read(pickles[0])[:MAX_PICKLE]), {})
     return value, functools.cache(lambda key: read(f"{folder}data/{key}"))
 
@@ -286,7 +294,7 @@ def read_legacy(file: BinaryIO, size: int) -> tuple[Any, Callable[[str], bytes]]
             raise WeightFileError(f"a pickle, but without the {name} of torch.save")
     system = _run(head, {})
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise WeightFileError(BYTE_ORDER)
+        raise WeightFileError(*BYTE_ORDER)
     value, keys = _run(head, dtypes), _run(head, {})
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or {*keys} != {*dtypes}:
         raise WeightFileError("its list of storages does not fit its tensors")

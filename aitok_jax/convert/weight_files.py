@@ -23,6 +23,7 @@ DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "BO
 DTYPES |= {f"{kind}{8 * size}": f"{kind.lower()}{size}" for kind in "IU" for size in (8, 4, 2, 1)}
 DTYPES = {code: np.dtype(dtype) for code, dtype in DTYPES.items()}
 DESCRIPTOR = 24  # bytes that may follow an entry of a zip file: its sizes and checksum, once more
+NUMBERS = "leave it out, or save it as floats, integers or booleans of up to 8 bytes"
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -54,13 +55,13 @@ def read_with_notes(path: str | Path, key: str | None = None) -> tuple[dict[str,
             chosen, notes = weight_sets.choose(tree, key)
             for name in chosen:
                 if not name.isprintable():
-                    raise WeightFileError(f"an array with the name {name!a:.80}; rename it")
+                    raise WeightFileError(f"an array with the name {name!a:.80}", "rename it")
             return {name: value.array(load) if load else value for name, value in chosen.items()}, notes
         except WeightFileError as error:
-            raise WeightFileError(f"{path}: {error}") from error
+            raise WeightFileError(f"{path}: {error.what}", error.way_out) from error
         except Exception as error:  # the readers of zip, JSON and .npy raise a dozen kinds
             text = f"damaged, cut off or too large: {type(error).__name__}: {error!s:.300}"
-            raise WeightFileError(f"{path}: {text}; get the file again, or save it again with checksums") from error
+            raise WeightFileError(f"{path}: {text}") from error
 
 
 def _read(file: BinaryIO, size: int) -> tuple[Any, Callable[[str], bytes] | None]:
@@ -73,7 +74,9 @@ def _read(file: BinaryIO, size: int) -> tuple[Any, Callable[[str], bytes] | None
         return _read_zip(file, zipfile.ZipFile(file), size)
     if head[:1] == b"\x80":
         return torch_file.read_legacy(file, size)
-    raise WeightFileError(f"starts with {head!r}: neither a .pt or .pth of torch.save, nor .safetensors, nor .npz")
+    found = f"starts with {head!r}" if head else "is empty"
+    formats = "neither a .pt or .pth of torch.save, nor .safetensors, nor .npz"
+    raise WeightFileError(f"{found}: {formats}", "give a file of one of these")
 
 
 def _read_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int) -> tuple[Any, Callable[[str], bytes] | None]:
@@ -81,14 +84,14 @@ def _read_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int) -> tuple[Any,
     names = [entry.filename for entry in entries]
     unpacked, packed = sum(entry.file_size for entry in entries), sum(entry.compress_size for entry in entries)
     if unpacked > max(MAX_UNPACKED, 20 * size):
-        raise WeightFileError(f"claims to unpack to {unpacked} bytes, of {size}")
+        raise WeightFileError(f"claims to unpack to {unpacked} bytes, of {size}", "save it uncompressed")
     if packed > size or len({name.removesuffix(".npy") for name in names}) != len(names):
         raise WeightFileError("damaged: entries that overlap, or two of one name")
     _check_directory(file, entries, archive.start_dir)
     is_npz = any(name.endswith(".npy") for name in names)
     ways = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED} if is_npz else {zipfile.ZIP_STORED}
     if any(entry.compress_type not in ways or entry.flag_bits & 1 for entry in entries):
-        raise WeightFileError("compressed or encrypted as neither torch.save nor np.savez does")
+        raise WeightFileError("compressed or encrypted as neither torch.save nor np.savez does", "save it with these")
     if is_npz:
         return {name.removesuffix(".npy"): _read_npy(name, read(name)) for name in names}, None
     return torch_file.read_zip(names, read)
@@ -126,9 +129,9 @@ def _read_npy(name: str, data: bytes) -> np.ndarray:
         read_header = NPY_HEADERS[np.lib.format.read_magic(stream)]
         shape, fortran, dtype = read_header(stream, max_header_size=1000)
     except Exception as error:  # the header is Python, which NumPy parses
-        raise WeightFileError(f"{name!r:.80} holds no plain numbers: it starts with {data[:100]!r}") from error
+        raise WeightFileError(f"{name!r:.80} holds no plain numbers: it starts with {data[:100]!r}", NUMBERS) from error
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
-        raise WeightFileError(f"{name!r:.80} holds no plain numbers, but {dtype!s:.80}")
+        raise WeightFileError(f"{name!r:.80} holds no plain numbers, but {dtype!s:.80}", NUMBERS)
     start = stream.tell()
     return _array(name, shape, dtype, data, start, len(data), "F" if fortran else "C")
 

@@ -27,20 +27,22 @@ def choose(tree: Any, key: str | None = None) -> tuple[dict[str, Any], tuple[str
     """
     if isinstance(tree, Placeholder):
         raise WeightFileError(
-            f"holds no arrays by name but an object, {tree.name!r}; load it with PyTorch and save its state_dict()"
+            f"holds no arrays by name but an object, {tree.name!r}", "load it with PyTorch and save its state_dict()"
         )
     plain, found, taken = _innermost(tree)
     notes = _notes({name: value for name, value in found.items() if name not in (*taken, key)})
     more = f" ({'; '.join(notes[:5])})" if notes else ""
     if key is not None:
         if not isinstance(found.get(key), dict):
-            raise WeightFileError(f"holds no dictionary under the key {key!r:.80}; leave it out or give another{more}")
+            raise WeightFileError(
+                f"holds no dictionary under the key {key!r:.80}{more}", "leave it out or give another"
+            )
         plain, objects, _ = _innermost(found[key])
         notes += _notes({name: value for name, value in objects.items() if isinstance(value, Placeholder)})
     if arrays := _arrays(plain):
         return arrays, notes
     where = f"under {key!r:.80}" if key else f"nor a dictionary of them under {', '.join(WRAPPERS)}"
-    raise WeightFileError(f"holds no arrays by name, {where}{more}")
+    raise WeightFileError(f"holds no arrays by name, {where}{more}", "give one of weights, or the key of theirs")
 
 
 def _innermost(tree: Any) -> tuple[dict, dict[str, Any], list[str]]:
@@ -80,7 +82,7 @@ def _arrays(tree: dict) -> dict[str, Any]:
     for name, value in tree.items():
         if isinstance(value, Placeholder) and _TENSOR.search(value.name):
             kind = f"of a kind that is not read ({value.name!r})"
-            raise WeightFileError(f"{name!r:.80} is a tensor {kind}; save it as a plain one")
+            raise WeightFileError(f"{name!r:.80} is a tensor {kind}", "save it as a plain one")
     return {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor | np.ndarray)}
 
 
