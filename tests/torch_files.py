@@ -1,8 +1,7 @@
-"""Writes the two file formats of torch.save around a given pickle, and mutates files."""
+"""Writes the two file formats of torch.save around a given pickle."""
 
 import io
 import pickle
-import random
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -62,26 +61,6 @@ def torch_save(arrays: Mapping[str, np.ndarray], wrapper: str, legacy: bool = Fa
     if legacy:
         return legacy_file(program + b"s.", storages)
     return zip_file(program + b"s.", {key: data for key, (_, data) in storages.items()})
-
-
-def mutate(rng: random.Random, data: bytes) -> bytes:
-    """A copy with one to four random changes: bytes, numbers, and pieces cut out, doubled or cut off."""
-    changed = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        at, kind = rng.randrange(len(changed) or 1), rng.randrange(6)
-        if kind <= 1:
-            changed[at : at + 1] = bytes([rng.randrange(256)])
-        elif kind == 2:
-            number = rng.choice([0, 1, 2**31 - 1, 2**32 - 1, 5 * 2**30, 2**63 - 1, 2**64 - 1])
-            changed[at : at + 8] = number.to_bytes(8, "little")
-        elif kind == 3:
-            del changed[at : at + rng.randint(1, 40)]
-        elif kind == 4:
-            start = rng.randrange(len(changed) or 1)
-            changed[at:at] = changed[start : start + rng.randint(1, 40)]
-        else:
-            del changed[max(at, 1) :]
-    return bytes(changed)
 
 
 def text(word: str) -> bytes:
