@@ -10,6 +10,7 @@ import graphlib
 import json
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -83,13 +84,25 @@ def parse_flags(argv: list[str]) -> list[str]:
         args = flags.FLAGS(argv)
         if flags.FLAGS["config"].value is not None:
             len(flags.FLAGS.config.keys())  # an unreadable file is an error only here
-    except (AttributeError, KeyError) as error:  # an override of a key that is not there
-        path = re.search(r" --?config[= ](\S+)", " ".join(argv))[1]
-        sys.exit(f"error: {unknown_flag(argv, flags.FLAGS['config'].parser.parse(path)) or error}")
     except (TypeError, ValueError, OSError, flags.Error) as error:
         lines = str(error).strip().splitlines()
         sys.exit(f"error: {lines[-1] if 'Traceback' in str(error) else ' '.join(lines)}")
+    except Exception as error:  # the file is a program: anything
+        sys.exit(f"error: {_broken_config(argv, error)}")
     return args
+
+
+def _broken_config(argv: Iterable[str], error: Exception) -> str:
+    """What is wrong: the file, or an override of a key that it has not."""
+    path = re.search(r" --?config[= ](\S+)", " ".join(argv))[1]
+    try:
+        config = flags.FLAGS["config"].parser.parse(path)
+    except Exception as inside:  # as above
+        file = path.partition(":")[0]
+        lines = [frame.lineno for frame in traceback.extract_tb(inside.__traceback__) if frame.filename.endswith(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        return f"{file}{where}: {type(inside).__name__}: {inside}; correct the configuration"
+    return unknown_flag(argv, config) or str(error)
 
 
 def _let_configs_import_each_other(argv: Iterable[str]) -> None:

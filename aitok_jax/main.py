@@ -12,6 +12,7 @@ Several processes are one run with `--multihost` on each (TPU pods, Slurm), or w
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import absl.logging
@@ -20,16 +21,16 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from aitok_jax import config as configuration
-from aitok_jax.config import format_workdir, stage_order
+from aitok_jax.config import format_workdir, ordered, stage_order
 from aitok_jax.parallel import processes
-from aitok_jax.training import checkpoint, loop, preemption, run_dir
+from aitok_jax.training import checkpoint, lock, loop, preemption, run_dir
 
 LOG = logging.getLogger("aitok_jax")
 MODES = {"train": loop.train, "eval": loop.evaluate}
 PROCESSES = ("multihost", "coordinator", "num_processes", "process_id")
 
 
-def run(config: ConfigDict, workdir: str | Path, mode: str = "train") -> dict[str, float]:
+def run(config: ConfigDict | Mapping, workdir: str | Path, mode: str = "train") -> dict[str, float]:
     """Trains or evaluates a config of one run, or its `stages` one after the other, each in WORKDIR/STAGE.
 
     A stage that mentions '{workdir}/OTHER' runs after the stage OTHER; one that is finished is not trained again.
@@ -37,8 +38,14 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "train") -> dict[st
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} must be one of {tuple(MODES)}")
+    config = ordered(config)
     if "stages" not in config:
         return MODES[mode](format_workdir(config, str(workdir)), workdir)
+    with lock.held(workdir):
+        return _run_stages(config, workdir, mode)
+
+
+def _run_stages(config: ConfigDict, workdir: str | Path, mode: str) -> dict[str, float]:
     folder, metrics = run_dir.RunDir(workdir), {}
     folder.write_json("config.json", config.to_dict())
     for name in stage_order(config.stages):
@@ -55,6 +62,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     args = configuration.parse_flags(argv)
     if None in (flags.FLAGS["config"].value, flags.FLAGS.workdir):
         sys.exit("error: --config=configs/X.py and --workdir=DIR must be given")
+    if not flags.FLAGS.workdir.strip():
+        sys.exit("error: --workdir is empty (is a variable unset?); give a folder for the run")
     return args
 
 

@@ -14,6 +14,7 @@ from aitok_jax import tasks
 from aitok_jax.convert import published, rules
 from aitok_jax.convert.__main__ import to_directory, to_file
 from aitok_jax.convert.weight_files import read_weights, write_weights
+from aitok_jax.tasks.base import variable_shapes
 from aitok_jax.training import checkpoint, warm_start
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def with_windows(window: int) -> ConfigDict:
 @pytest.fixture(scope="module")
 def variables():
     rng = np.random.default_rng(0)
-    shapes = published.shapes(tasks.build(CONFIG.task))
+    shapes = variable_shapes(tasks.build(CONFIG.task))
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
 
 
@@ -148,7 +149,7 @@ def test_published_names_stay(state_dict):
 def test_prefixes_of_a_tokenizer(prefix):
     task = {"name": "mask_tokenizer", "tokenizer": {"hidden": 2, "downsample": 16, "num_codes": 4, "code_dim": 3}}
     task["tokenizer"]["objective"] = "mse"
-    shapes = published.shapes(tasks.build(task))
+    shapes = variable_shapes(tasks.build(task))
     variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     names = published.state_dict(variables, ConfigDict({"task": task}))
     _, _, report = published.convert({f"{prefix}{n}": a for n, a in names.items()}, ConfigDict({"task": task}))
@@ -198,7 +199,7 @@ def test_parts_that_were_not_published_go_along():
     fields["backbone"] = {**fields["backbone"], "stem": [4, 8], "stem_blocks": 1}
     config = ConfigDict({"name": "run", "task": fields})
     rng = np.random.default_rng(0)
-    shapes = published.shapes(tasks.build(config.task))
+    shapes = variable_shapes(tasks.build(config.task))
     variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
     state_dict = published.state_dict(variables, config)
     assert {"backbone.patch_embed.stem_norm_2.weight", "instances_memory_head.weight"} <= state_dict.keys()
@@ -236,7 +237,7 @@ def test_command_line(tmp_path):
     task["tokenizer"]["objective"] = "mse"
     config = ConfigDict({"task": task})
     rng = np.random.default_rng(0)
-    shapes = published.shapes(tasks.build(task))
+    shapes = variable_shapes(tasks.build(task))
     variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
     weights = published.state_dict(variables, config)
     flags = ["--config=configs/vqvae_mask.py:hidden=2,num_codes=4", "--config.task.tokenizer.code_dim=3"]

@@ -10,6 +10,7 @@ import aitok_jax
 from aitok_jax import tasks
 from aitok_jax.convert import published
 from aitok_jax.convert.weight_files import read_weights, write_weights
+from aitok_jax.tasks.base import variable_shapes
 from aitok_jax.tokenizers import DepthTokenizer, MaskTokenizer, parse_text, write_text
 from aitok_jax.training import checkpoint
 
@@ -32,7 +33,7 @@ CONFIGS = {
 def variables_of(config: dict, seed: int = 0) -> dict:
     """Random weights."""
     rng = np.random.default_rng(seed)
-    shapes = published.shapes(tasks.build(config))
+    shapes = variable_shapes(tasks.build(config))
     return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), shapes)
 
 

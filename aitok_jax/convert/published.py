@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -16,6 +15,7 @@ from aitok_jax.convert import rules
 from aitok_jax.models.position_bias import relative_coordinates, relative_index
 from aitok_jax.models.swin_v2 import SwinV2
 from aitok_jax.models.transformer import sine_positions
+from aitok_jax.tasks.base import variable_shapes
 
 BACKBONE = ("params", "backbone")
 MAX_LINES = 20  # of an error
@@ -47,21 +47,6 @@ class Report:
         return "\n".join([*lines, *self.notes, ", ".join(f"{count} {name}" for name, count in counts.items())])
 
 
-def shapes(task: Any) -> dict:
-    """{'params', 'model_state'} of a task as jax.ShapeDtypeStruct leaves; nothing is allocated."""
-
-    def batch(part: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        side = (1, part.image_size, part.image_size)
-        axes = {"image": (3,), "instance": ()}
-        if hasattr(part, "modality"):
-            axes[part.modality.name] = part.modality.map_axes
-        return {name: jax.ShapeDtypeStruct((*side, *more), jnp.float32) for name, more in axes.items()}
-
-    batches = {name: batch(part) for name, part in task.parts.items()}
-    params, model_state = jax.eval_shape(task.init, jax.random.key(0), batches)
-    return {"params": params, "model_state": model_state}
-
-
 def convert(state_dict: Mapping[str, np.ndarray], config: ConfigDict) -> tuple[dict, ConfigDict, Report]:
     """A published state dict -> the variables of `config.task`.
 
@@ -76,7 +61,7 @@ def convert(state_dict: Mapping[str, np.ndarray], config: ConfigDict) -> tuple[d
     Raises:
       ValueError: shapes or kinds of number that differ, two names of one parameter, or nothing that fits.
     """
-    target = flatten_dict(shapes(tasks.build(config.task)))
+    target = flatten_dict(variable_shapes(tasks.build(config.task)))
     found = {name: path for name, path in _located(state_dict).items() if path in target}
     if not found:
         raise ValueError(

@@ -16,6 +16,15 @@ from aitok_jax.data.sources.files import DataError
 from aitok_jax.tasks.modalities import MODALITIES
 
 RECIPES = ("tokenizer", "solver")
+_COMMON = "name root on_error cache expected_train expected_test also_root also_count render"
+_FILES = "train_images test_images train_annotations test_annotations mask_size"
+_MAPS = "modality depth_scale train_list test_list train_subfolder test_subfolder size recipe columns color cutdepth"
+KEYS = {
+    "nyu": (*_COMMON.split(), *_MAPS.split()),
+    "coco": (*_COMMON.split(), *_FILES.split(), "size", "num_objects", "jitter", "order"),
+    "coco_masks": (*_COMMON.split(), *_FILES.split()),
+}
+"""What `config.data` may have, by its name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +64,9 @@ def build(config: Any) -> Data:
             f"data.name={config.name!r} must be 'nyu' (NYUv2, or any folder in its layout), 'coco' (images with an "
             "instances JSON) or 'coco_masks' (the masks of one)"
         )
+    for key in config:
+        if key not in KEYS[config.name]:
+            raise ValueError(f"config.data.{key}: {unknown(key, KEYS[config.name])}")
     data = builders[config.name](config)
     if count := config.also_count:
         changes = {"root": config.also_root, "expected_train": 0, "expected_test": 0, "render": {}}

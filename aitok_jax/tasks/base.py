@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import jax
+import jax.numpy as jnp
 
 Batch = Mapping[str, jax.Array]
 Tree = Mapping[str, Any]
@@ -54,6 +55,21 @@ class Task(Protocol):
         self, params: Tree, model_state: Tree, batches: Mapping[str, Batch], rng: jax.Array
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
         """The training loss (f32 scalar), (named f32 scalars to log, the new model_state)."""
+
+
+def variable_shapes(task: Task) -> dict[str, Any]:
+    """{'params', 'model_state'} of a task as jax.ShapeDtypeStruct leaves; nothing is allocated."""
+
+    def batch(part: Part) -> dict[str, jax.ShapeDtypeStruct]:
+        side = (1, part.image_size, part.image_size)
+        axes = {"image": (3,), "instance": ()}
+        if hasattr(part, "modality"):
+            axes[part.modality.name] = part.modality.map_axes
+        return {name: jax.ShapeDtypeStruct((*side, *more), jnp.float32) for name, more in axes.items()}
+
+    batches = {name: batch(part) for name, part in task.parts.items()}
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0), batches)
+    return {"params": params, "model_state": model_state}
 
 
 @functools.lru_cache(maxsize=16)

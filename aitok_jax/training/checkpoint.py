@@ -182,7 +182,7 @@ def _restore(manager, step: int, where: Path, abstract_state: TrainState, config
         raise ValueError(f"{where} holds weights but no training state; train elsewhere with config.start_from")
     with _reading(where):
         shapes = manager.item_metadata(step).state.tree
-    _check_shapes(shapes, abstract_state, where)
+    check_shapes(shapes, abstract_state, where)
     with _reading(where):
         restore = ocp.args.StandardRestore(abstract_state)
         return manager.restore(step, args=ocp.args.Composite(state=restore)).state
@@ -242,11 +242,22 @@ def _check_same_run(saved: Mapping, config: ConfigDict, where: Path) -> None:
         LOG.info("resuming with a changed value: %s", line)
 
 
+def check_same_parts(saved: Mapping, config: ConfigDict, where: Path) -> None:
+    """ValueError where a run's configuration is of other parts than this one."""
+    kinds = [
+        {name: part.get("name") for name, part in translated(values)["task"].get("parts", {}).items()}
+        for values in (saved, config)
+    ]
+    if kinds[0] != kinds[1]:
+        there, here = (", ".join(f"{name} ({kind})" for name, kind in each.items()) for each in kinds)
+        raise ValueError(f"{where} is a run of {there}, but the configuration is of {here}; give the one of the run")
+
+
 def _is_fixed(key: str) -> bool:
     return not key.endswith(FREE_KEYS) and any(key == k or key.startswith(f"{k}.") for k in FIXED_KEYS)
 
 
-def _check_shapes(saved: Any, wanted: Any, where: Path) -> None:
+def check_shapes(saved: Any, wanted: Any, where: Path) -> None:
     old, new = _shapes(saved), _shapes(wanted)
     wrong = [f"{k}: {old[k]} in the checkpoint, {new[k]} here" for k in new if k in old and old[k] != new[k]]
     wrong += [f"{k}: not in the checkpoint" for k in new if k not in old]

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from aitok_jax import evaluators
 from aitok_jax.data import pipeline
 from aitok_jax.parallel import overview, sharding
+from aitok_jax.tasks.base import variable_shapes
 from aitok_jax.tasks.solver import part_prefix
-from aitok_jax.training import accumulate, checkpoint, optim, preemption, run_dir, warm_start
+from aitok_jax.training import accumulate, checkpoint, lock, optim, preemption, run_dir, warm_start
 from aitok_jax.training.setup import Run, set_up
 from aitok_jax.training.state import TrainState
 
@@ -42,11 +43,17 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       The metrics of the final evaluation, also written to metrics.json.
 
     Raises:
-      ValueError: a configuration that cannot work, or that is not the one of the checkpoint.
+      ValueError: a configuration that cannot work, or that is not the one of the checkpoint; a folder that another
+        process uses, or that is no run's.
       FloatingPointError: the loss or the gradient is not finite; such a state is never saved.
       OSError: the directory cannot be written to, or no checkpoint in it can be read.
       preemption.Stopped: a signal came; the state is saved.
     """
+    with lock.held(workdir):
+        return _train(config, workdir)
+
+
+def _train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     run = set_up(config, workdir)
     config = run.config
     with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as manager:
@@ -72,9 +79,20 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
 
 def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
-    """Evaluates the latest checkpoint in `workdir` without training; returns and writes the metrics as `train` does."""
-    _, variables = checkpoint.load_inference(workdir)
+    """Evaluates the latest checkpoint in `workdir` without training; returns and writes the metrics as `train` does.
+
+    Raises:
+      ValueError: the configuration is of another model than the run.
+    """
+    with lock.held(workdir):
+        return _evaluate_run(config, workdir)
+
+
+def _evaluate_run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    saved, variables = checkpoint.load_inference(workdir)
+    checkpoint.check_same_parts(saved, config, Path(workdir))
     run = set_up(config, workdir)
+    checkpoint.check_shapes(variables, variable_shapes(run.task), Path(workdir))
     variables = _put(variables, sharding.state_shardings(variables, run.mesh))
     metrics = evaluate_all(run, variables["params"], variables["model_state"])
     run.folder.write_json("metrics.json", metrics)

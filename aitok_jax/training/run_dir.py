@@ -3,9 +3,11 @@
 import contextlib
 import importlib.metadata
 import json
+import logging
 import math
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from PIL import Image
 from aitok_jax import paths
 from aitok_jax.config import flatten
 
+LOG = logging.getLogger(__name__)
 _PACKAGES = ("aitok_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu", "tensorflow")
 _MAX_IMAGES = 16  # panels shown in TensorBoard
 
@@ -36,8 +39,7 @@ class RunDir:
         if self._first_host:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                paths.write_text(self.path / "writable", "")
-                (self.path / "writable").unlink()
+                tempfile.TemporaryFile(dir=self.path).close()
             except OSError as error:
                 raise OSError(f"cannot write to the run directory {path} ({error}); give another --workdir") from error
 
@@ -79,6 +81,7 @@ class RunDir:
         """
         self._drop_lines_after(start)
         if self._first_host:
+            _drop_events_after(self.path, start)
             self._events = _event_writer(self.path)
         self._batch_size, self._last = batch_size, (start, self._now())
         try:
@@ -137,6 +140,25 @@ class RunDir:
 
     def _now(self) -> float:
         return time.perf_counter() - self._untimed
+
+
+def _drop_events_after(folder: Path, step: int) -> None:
+    """Of TensorBoard's files, which would show what comes again twice."""
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    if not files:
+        return
+    import tensorflow as tf
+
+    for file in files:
+        part = file.with_name(f"{file.name}.part")
+        with tf.io.TFRecordWriter(str(part)) as writer:
+            try:
+                for record in tf.compat.v1.io.tf_record_iterator(str(file)):
+                    if tf.compat.v1.Event.FromString(record).step <= step:
+                        writer.write(record)
+            except tf.errors.DataLossError:
+                LOG.info("%s ends in the middle of an event", file)
+        part.replace(file)
 
 
 def _event_writer(path: Path) -> Any:

@@ -1,6 +1,8 @@
 """The set-up of a run, before its first step: mesh, task, data, and a configuration that can work."""
 
 import dataclasses
+import difflib
+import importlib.util
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,11 @@ from aitok_jax.training import checkpoint, optim, run_dir
 
 _REQUIRED = ("name", "seed", "task", "data", "batch_size", "eval_batch_size", "train_steps", "log_every", "eval_every")
 _REQUIRED += ("checkpoint_every", "keep_checkpoints", "optim")
+_OPTIONAL = ("best_metric", "best_mode", "ema_decay", "fsdp", "accumulate", "start_from", "categories")
+_OPTIONAL += ("eval_variants", "eval_baseline")
+_OPTIM = ("name", "learning_rate", "b1", "b2", "eps", "weight_decay", "layer_decay", "clip_norm")
+_OPTIM += ("warmup_steps", "warmup_ratio", "schedule")
+_ALIKE = 0.75  # of a misspelt key to the right one
 _LEAST = {"train_steps": 1, "log_every": 1, "keep_checkpoints": 1, "eval_every": 0, "checkpoint_every": 0}
 _HOURS_TO_RENDER = 24
 _barriers = itertools.count()
@@ -45,9 +52,12 @@ class Run:
 
 def set_up(config: ConfigDict, workdir: str | Path) -> Run:
     """Mesh, task and data of a configuration. ValueError for all that can be wrong with it, before time is spent."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ValueError("training needs TensorFlow, which is not installed here: pip install tensorflow-cpu")
     missing = [key for key in _REQUIRED if key not in config]
     if missing:
         raise ValueError(f"config: {', '.join(missing)} must be given")
+    _check_keys(config)
     config = translated(config)
     _check_values(config)
     mesh = sharding.make_mesh(config.fsdp)
@@ -63,6 +73,20 @@ def set_up(config: ConfigDict, workdir: str | Path) -> Run:
         if part.kind == "objects":
             _name_classes(config, part.vocabulary.num_classes, data[name].train)
     return dataclasses.replace(run, data=data)
+
+
+def _check_keys(config: ConfigDict) -> None:
+    """ValueError for a misspelt key. A key of one's own may hold the path of a run, for `start_from` to refer to."""
+    known = (*_REQUIRED, *_OPTIONAL)
+    for key, value in config.items():
+        is_path = isinstance(value, str) and not difflib.get_close_matches(key, known, 1, _ALIKE)
+        if key not in known and not is_path:
+            raise ValueError(f"config.{key}: {unknown(key, known)}")
+    for key in config.optim:
+        if key not in _OPTIM:
+            raise ValueError(f"config.optim.{key}: {unknown(key, _OPTIM)}")
+    if missing := [key for key in _OPTIM if key not in config.optim]:
+        raise ValueError(f"config.optim: {', '.join(missing)} must be given")
 
 
 def _check_values(config: ConfigDict) -> None:
