@@ -79,9 +79,40 @@ def test_broken_annotations_count_too(tmp_path):
     )
     command("coco", tmp_path / "raw", tmp_path / "out", *places, *ANY, "--max_broken=2")
     data = datasets.build(raw_coco(tmp_path / "out"))
-    assert len(data.train) == 1
-    assert data.train.names == ["000000000004.jpg"]
+    assert data.train.names == ["000000000001.jpg", "000000000004.jpg"]
+    assert [entry["id"] for entry in data.train.annotations(0)] == [5]
     assert "annotation 6: broken mask" in (prepared.find(tmp_path / "out", "coco") / "broken.txt").read_text()
+
+
+def test_splits_where_all_is_broken(tmp_path):
+    """Each image of the split to evaluate on, or each annotation, is broken; the writer of records is never reached."""
+    write_coco(tmp_path / "raw")
+    places = [f"--{s}_{kind}" for s in ("train", "test") for kind in (f"images={s}_images", f"annotations={s}.json")]
+    given = ("coco", tmp_path / "raw", tmp_path / "out", *places, *ANY, "--max_broken=99")
+    images = sorted((tmp_path / "raw/test_images").iterdir())
+    sound = {path: path.read_bytes() for path in images}
+    for path in images:
+        path.write_bytes(b"broken")
+    assert "all 5 examples of the split 'test' are broken" in fails(*given)
+    for path, content in sound.items():
+        path.write_bytes(content)
+    path = tmp_path / "raw/test.json"
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        entry["bbox"] = None
+    path.write_text(json.dumps(content))
+    message = fails(*given)
+    assert "no annotation of an object among 5 images" in message
+    assert "2 bbox that is not 4 numbers (ids 3, 4) left out" in message
+    assert prepared.find(tmp_path / "out", "coco") is None
+
+
+def test_pairs_that_are_all_broken(tmp_path):
+    write_nyu(tmp_path / "raw")
+    for path in (tmp_path / "raw/official_splits").rglob("*.jpg"):
+        path.write_bytes(b"broken")
+    message = fails("nyu", tmp_path / "raw", tmp_path / "out", *ANY, "--max_broken=99")
+    assert "all 3 examples of the split 'test' are broken" in message
 
 
 def test_a_manifest_finds_other_data(tmp_path):

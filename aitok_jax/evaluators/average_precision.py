@@ -14,6 +14,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
+from aitok_jax.data.sources import segmentations
+
 KINDS = {"box": "bbox", "mask": "segm", "boundary": "boundary"}
 AREA_RANGES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 """Square pixels of an object's annotated area, as COCO has them."""
@@ -107,7 +109,7 @@ class CocoScorer:
                 segmentation (compressed RLE) for mask and boundary AP.
         Raises:
             ValueError: an image or category that the ground truth does not have, an image that was added before, a mask
-                whose size is not the image's, or a score that is not finite.
+                whose size is not the image's or whose code is broken, or a score that is not finite.
         """
         if image_id not in self._coco.imgs:
             raise ValueError(f"results for image id {image_id}, which is not among the {len(self._coco.imgs)} images")
@@ -115,6 +117,7 @@ class CocoScorer:
             raise ValueError(f"results for image id {image_id} were added before; add those of an image together")
         for result in results:
             self._check(image_id, result)
+        self._check_masks(image_id, results)
         self._results[image_id] = [dict(result) for result in results]
 
     def leave_out_missing(self) -> int:
@@ -175,6 +178,23 @@ class CocoScorer:
                 "(height, width); paste masks at the size of the original image"
             )
 
+    def _check_masks(self, image_id, results) -> None:
+        """pycocotools would read past the end of a broken code."""
+        image, codes = self._coco.imgs[image_id], []
+        for result in results:
+            if "segmentation" in result:
+                code = dict(result["segmentation"])
+                if isinstance(code["counts"], bytes):
+                    code["counts"] = code["counts"].decode("latin-1")
+                codes.append(code | {"size": list(code["size"])})
+        self._checked(f"a result of image {image_id}", codes, image)
+
+    def _checked(self, where, masks, image) -> list[Any]:
+        try:
+            return segmentations.check_all(masks, image["height"], image["width"])
+        except segmentations.Wrong as problem:
+            raise ValueError(f"{where}: {problem}; encode the mask with pycocotools") from None
+
     def _truth(self, kind) -> list[dict[str, Any]]:
         """Copies of the annotations: pycocotools writes into them, and takes the id 0 for 'no match'."""
         annotations = [a for i in self._ids for a in self._coco.imgToAnns.get(i, ())]
@@ -184,7 +204,9 @@ class CocoScorer:
             entry = {**annotation, "id": number, "iscrowd": crowd, "ignore": crowd}
             entry.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
             if kind != "box":
-                entry["segmentation"] = self._coco.annToRLE(annotation)
+                where, image = f"annotation {annotation['id']}", self._coco.imgs[annotation["image_id"]]
+                (entry["segmentation"],) = self._checked(where, [annotation.get("segmentation")], image)
+                entry["segmentation"] = self._coco.annToRLE(entry)
             truth.append(entry)
         return truth
 

@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 from aitok_jax.data.preparation.builder import Example, Line, PreparedBuilder
 from aitok_jax.data.sources import coco
-from aitok_jax.data.sources.files import digest, read_file
+from aitok_jax.data.sources.files import digest
 
 
 class CocoInstances(PreparedBuilder, skip_registration=True):
@@ -55,7 +55,7 @@ def load(line: Line) -> tuple[Example, Line]:
     """
     entry, annotations = line["entry"], line["annotations"]
     height, width = entry["height"], entry["width"]
-    image = read_file(line["path"])
+    image = coco.read_image_file(line["path"])
     coco.decode_sized(image, height, width, line["json"])
     coco.decode_masks(annotations, height, width, line["json"])
     coded = [annotation | {"segmentation": _code(annotation, height, width)} for annotation in annotations]

@@ -66,7 +66,11 @@ def build(
     config = tfds.download.DownloadConfig(beam_options=_beam_options(settings) if settings.beam else None)
     tfds.disable_progress_bar()  # the builders show their own
     with contextlib.redirect_stdout(io.StringIO()):  # it would name the folder that is moved below
-        made.download_and_prepare(download_config=config, file_format="tfrecord")
+        try:
+            made.download_and_prepare(download_config=config, file_format="tfrecord")
+        except AssertionError:  # TFDS writes no split without examples
+            _check_any_sound({split: read_reports(work, split) for split in lines})
+            raise
 
     reports = {split: read_reports(work, split) for split in lines}
     for split, entries in reports.items():
@@ -74,6 +78,7 @@ def build(
             raise DataError(f"{work}: {len(entries)} reports on {len(lines[split])} lines of {split}; prepare anew")
     broken = broken + [problem for entries in reports.values() for problem in problems(entries)]
     check_broken(broken, settings.max_broken)
+    _check_any_sound(reports)
     sound = {split: [entry for entry in reports[split] if "problem" not in entry] for split in reports}
     if settings.manifest:
         _check_manifest(Path(settings.manifest), sound)
@@ -92,6 +97,14 @@ def _write_lines(work: Path, lines: dict[str, list[Line]]) -> None:
             raise DataError(f"no examples in the split {split!r}; add images, or change the share of the test split")
         with open(work / f"{split}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+def _check_any_sound(reports: dict[str, list[Line]]) -> None:
+    for split, entries in reports.items():
+        if entries and len(why := problems(entries)) == len(entries):
+            raise DataError(
+                f"all {len(entries)} examples of the split {split!r} are broken; mend some: {'; '.join(why[:3])}"
+            )
 
 
 def _check_manifest(folder: Path, sound: dict[str, list[Line]]) -> None:
@@ -124,10 +137,6 @@ def _write_files(
 ) -> None:
     """What lies beside the records; see `aitok_jax.data.prepared`."""
     for split, entries in sound.items():
-        if not entries:
-            raise DataError(
-                f"all {len(broken)} examples of the split {split!r} are broken; see them above, and mend some"
-            )
         with open(folder / f"manifest_{split}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(_files(entry)) + "\n" for entry in entries)
         if split in annotations:

@@ -3,19 +3,16 @@
 import contextlib
 import functools
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from aitok_jax.data.sources.annotations import MIN_SIDE, Annotation, corners, counted, has_extent, load
 from aitok_jax.data.sources.files import DataError, File, Skipping, decode_image, digest, read_file
-
-Annotation = dict[str, Any]
-
-_MIN_SIDE = 1.0  # pixels: annotations with a shorter side are no training objects
 
 
 class CocoSource(Skipping):
@@ -65,12 +62,13 @@ class CocoSource(Skipping):
         self._folder, self._cache = Path(images), {} if cache else None
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{self._folder}: no such folder of images; set data.root and the image folders")
-        self.content, self._digest = _load(self.path)
+        self.content, self._digest, faults = load(self.path, self._folder, masks=masks, on_error=on_error)
+        self.reasons |= {fault.label: fault.text for fault in faults}
         categories = sorted(self.content["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
         self.categories = [category["name"] for category in categories]
         self._classes = {category_id: i for i, category_id in enumerate(self.category_ids)}
-        of_image = self._objects_by_image()
+        of_image = self._objects_by_image(counted(faults))
         kept = [image for image in self.content["images"] if of_image[image["id"]] or not with_objects]
         if expected_count and len(kept) != expected_count:
             raise DataError(
@@ -81,6 +79,7 @@ class CocoSource(Skipping):
         self.ids = [image["id"] for image in kept]
         self.sizes = np.array([(image["height"], image["width"]) for image in kept], np.int32)
         self._objects = [of_image[image["id"]] for image in kept]
+        self._log_unused()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -136,45 +135,41 @@ class CocoSource(Skipping):
         return self._folder / name
 
     def _file(self, index: int) -> File:
-        return read_file(self.image_path(self.names[index]))
+        return read_image_file(self.image_path(self.names[index]))
 
     def _decoded(self, index: int) -> dict[str, np.ndarray]:
         height, width = self.sizes[index].tolist()
         image = decode_sized(self._file(index), height, width, self.path)
-        objects = [annotation for annotation in self._objects[index] if _has_extent(annotation, height, width)]
+        objects = [annotation for annotation in self._objects[index] if has_extent(annotation, height, width)]
         example = {
             "image": image,
-            "boxes": np.array([_corners(o, height, width) for o in objects], np.float32).reshape(-1, 4),
+            "boxes": np.array([corners(o, height, width) for o in objects], np.float32).reshape(-1, 4),
             "classes": np.array([self._classes[o["category_id"]] for o in objects], np.int32),
         }
         if self.masks:
             example["masks"] = decode_masks(objects, height, width, self.path)
         return example
 
-    def _objects_by_image(self) -> dict[int, list[Annotation]]:
-        """The objects of each image id; broken annotations raise, or are taken out of the JSON's content."""
-        images = {image["id"]: image for image in self.content["images"]}
-        objects, sound = {image_id: [] for image_id in images}, []
+    def _objects_by_image(self, left_out: str) -> dict[int, list[Annotation]]:
+        """The objects of each image id."""
+        objects = {image["id"]: [] for image in self.content["images"]}
         for annotation in self.content["annotations"]:
-            problem = _problem(annotation, images, self._classes, self.masks)
-            if not problem:
-                annotation.setdefault("iscrowd", 0)
-                annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-                sound.append(annotation)
-                if not annotation["iscrowd"]:
-                    objects[annotation["image_id"]].append(annotation)
-                continue
-            label = f"annotation {annotation.get('id') if isinstance(annotation, dict) else annotation!r}"
-            if self.on_error == "raise":
-                raise DataError(f"{self.path}: {label}: {problem}; correct it, or set on_error='skip' to leave it out")
-            self._skip(label, problem)
-        self.content["annotations"] = sound
+            if not annotation["iscrowd"]:
+                objects[annotation["image_id"]].append(annotation)
         if not any(objects.values()):
             raise DataError(
-                f"{self.path}: no annotation of an object among {len(images)} images: nothing to train on or to "
-                "compare with; use an instances JSON"
+                f"{self.path}: no annotation of an object among {len(objects)} images: nothing to train on or to "
+                f"compare with{f' ({left_out} left out)' * bool(left_out)}; use an instances JSON"
             )
         return objects
+
+    def _log_unused(self) -> None:
+        """Says what is in order but gives no example: images without objects, and objects without extent."""
+        images = len(self.content["images"]) - len(self)
+        small = sum(min(o["bbox"][2:]) < MIN_SIDE or not o["area"] for objects in self._objects for o in objects)
+        for count, what in ((images, "images without an object (or with crowds alone)"), (small, "objects below 1 px")):
+            if count:
+                logging.info("%s: %d %s are not trained on", self.path.name, count, what)
 
 
 class MaskSource(Skipping):
@@ -243,6 +238,18 @@ class MaskSource(Skipping):
         return np.asarray(patch.resize((self.size, self.size), Image.Resampling.BILINEAR)) >= 128
 
 
+def read_image_file(path: str | Path) -> File:
+    """An image file as an instances JSON names it: whatever keeps it from being read is an error that names it."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise DataError(f"{path} is no file; correct its file_name, or set on_error='skip'")
+        return read_file(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend it, or set on_error='skip'") from error
+
+
 def decode_sized(file: File, height: int, width: int, path: str | Path) -> np.ndarray:
     """uint8[height,width,3] RGB; DataError where it is broken or not of the size that the JSON at `path` says."""
     image = decode_image(file)
@@ -254,84 +261,8 @@ def decode_sized(file: File, height: int, width: int, path: str | Path) -> np.nd
     return image
 
 
-def _load(path: Path) -> tuple[dict[str, list], str]:
-    """The content of an instances JSON, after a check of everything but the annotations, and the digest of the file."""
-    try:
-        text = path.read_bytes()
-        content = json.loads(text)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such annotations file; set data.root and the annotation files") from None
-    except ValueError as error:
-        raise DataError(f"{path}: malformed JSON ({error}); download it again") from error
-    fields = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name"), "annotations": ()}
-    for name, keys in fields.items():
-        entries = content.get(name) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise DataError(f"{path}: no list {name!r}; an instances JSON has the lists {', '.join(fields)}")
-        for entry in entries if keys else ():
-            if not isinstance(entry, dict) or not all(key in entry for key in keys):
-                raise DataError(f"{path}: {name} must have {', '.join(keys)}, but one is {entry!r}; correct it")
-        if keys and not entries:
-            raise DataError(f"{path}: no {name}; use an instances JSON as published")
-        if keys and len({entry["id"] for entry in entries}) != len(entries):
-            raise DataError(f"{path}: two {name} have one id; give each its own")
-    return content, digest(text)
-
-
-def _problem(annotation: Any, images: dict[int, dict], classes: dict[int, int], masks: bool) -> str:
-    """What is wrong with an annotation; '' = nothing."""
-    needed = ("id", "image_id", "category_id", "bbox", *(("segmentation",) if masks else ()))
-    missing = [key for key in needed if not isinstance(annotation, dict) or key not in annotation]
-    if missing:
-        return f"it has no {', '.join(missing)}"
-    if annotation["image_id"] not in images:
-        return f"its image_id={annotation['image_id']} is not among the images of the JSON"
-    if annotation["category_id"] not in classes:
-        return f"unknown category_id={annotation['category_id']}, the JSON lists {len(classes)} categories"
-    if not isinstance(annotation["bbox"], list) or len(annotation["bbox"]) != 4:
-        return f"bbox={annotation['bbox']} must be x, y, width, height"
-    image = images[annotation["image_id"]]
-    return _mask_problem(annotation, image["height"], image["width"]) if masks else ""
-
-
-def _mask_problem(annotation: Annotation, height: int, width: int) -> str:
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, dict):
-        size, counts = segmentation.get("size"), segmentation.get("counts")
-        if size != [height, width]:
-            return f"its mask has size={size}, but its image is {height}x{width} (height, width)"
-        if not isinstance(counts, str | list) or (isinstance(counts, list) and sum(counts) != height * width):
-            return f"the counts of its mask must be a string, or numbers that add up to {height * width} pixels"
-        return ""
-    if not isinstance(segmentation, list) or not segmentation:
-        return "its segmentation must be a list of polygons or a run-length code"
-    for polygon in segmentation:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            return f"degenerate polygon {polygon}: it needs an x and a y for each of at least 3 points"
-    if _has_extent(annotation, height, width) and not any(_polygon_area(polygon) for polygon in segmentation):
-        return f"degenerate polygon of zero area, though area={annotation.get('area')} and bbox={annotation['bbox']}"
-    return ""
-
-
-def _polygon_area(polygon: list[float]) -> float:
-    x, y = polygon[::2], polygon[1::2]
-    return abs(sum(a * d - b * c for a, b, c, d in zip(x, y, x[1:] + x[:1], y[1:] + y[:1], strict=True))) / 2
-
-
-def _corners(annotation: Annotation, height: int, width: int) -> tuple[float, float, float, float]:
-    """The box as x1 y1 x2 y2, clipped to the image."""
-    x, y, w, h = annotation["bbox"]
-    return min(max(x, 0), width), min(max(y, 0), height), min(max(x + w, 0), width), min(max(y + h, 0), height)
-
-
-def _has_extent(annotation: Annotation, height: int, width: int) -> bool:
-    """Whether it is a training object: sides of 1 px or more, an area, and some of its box inside the image."""
-    x1, y1, x2, y2 = _corners(annotation, height, width)
-    return min(annotation["bbox"][2:]) >= _MIN_SIDE and annotation.get("area", 1.0) > 0 and x1 < x2 and y1 < y2
-
-
 def _rounded_box(annotation: Annotation, height: int, width: int) -> tuple[int, int, int, int]:
-    x1, y1, x2, y2 = (round(v) for v in _corners(annotation, height, width))
+    x1, y1, x2, y2 = (round(v) for v in corners(annotation, height, width))
     x1, y1 = min(x1, width - 1), min(y1, height - 1)
     return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
 
