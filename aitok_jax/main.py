@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from aitok_jax import config as configuration
 from aitok_jax.config import format_workdir, ordered, stage_order
 from aitok_jax.parallel import processes
-from aitok_jax.training import checkpoint, lock, loop, preemption, run_dir
+from aitok_jax.training import checkpoint, lock, loop, preemption, run_dir, setup
 
 LOG = logging.getLogger("aitok_jax")
 MODES = {"train": loop.train, "eval": loop.evaluate}
@@ -41,6 +41,8 @@ def run(config: ConfigDict | Mapping, workdir: str | Path, mode: str = "train") 
     config = ordered(config)
     if "stages" not in config:
         return MODES[mode](format_workdir(config, str(workdir)), workdir)
+    for stage in config.stages.values():
+        setup.check_keys(stage)
     with lock.held(workdir):
         return _run_stages(config, workdir, mode)
 

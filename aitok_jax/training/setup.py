@@ -52,12 +52,7 @@ class Run:
 
 def set_up(config: ConfigDict, workdir: str | Path) -> Run:
     """Mesh, task and data of a configuration. ValueError for all that can be wrong with it, before time is spent."""
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ValueError("training needs TensorFlow, which is not installed here: pip install tensorflow-cpu")
-    missing = [key for key in _REQUIRED if key not in config]
-    if missing:
-        raise ValueError(f"config: {', '.join(missing)} must be given")
-    _check_keys(config)
+    check_keys(config)
     config = translated(config)
     _check_values(config)
     mesh = sharding.make_mesh(config.fsdp)
@@ -75,8 +70,15 @@ def set_up(config: ConfigDict, workdir: str | Path) -> Run:
     return dataclasses.replace(run, data=data)
 
 
-def _check_keys(config: ConfigDict) -> None:
-    """ValueError for a misspelt key. A key of one's own may hold the path of a run, for `start_from` to refer to."""
+def check_keys(config: ConfigDict) -> None:
+    """ValueError for missing and misspelt keys of a run, and where TensorFlow is missing.
+
+    A key of one's own may hold the path of a run, for `start_from` to refer to.
+    """
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ValueError("training needs TensorFlow, which is not installed here: pip install tensorflow-cpu")
+    if missing := [key for key in _REQUIRED if key not in config]:
+        raise ValueError(f"config: {', '.join(missing)} must be given")
     known = (*_REQUIRED, *_OPTIONAL)
     for key, value in config.items():
         is_path = isinstance(value, str) and not difflib.get_close_matches(key, known, 1, _ALIKE)

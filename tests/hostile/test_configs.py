@@ -84,21 +84,21 @@ def test_misspelt_keys(place, key, value, message, tmp_path):
 
 
 def test_a_path_of_ones_own_may_be_a_key():
-    setup._check_keys(toy_run.config(my_pretrained_run="runs/x"))
+    setup.check_keys(toy_run.config(my_pretrained_run="runs/x"))
 
 
 def test_optim_must_be_complete():
     optim = toy_run.config().optim.to_dict()
     del optim["b1"], optim["schedule"]
     with pytest.raises(ValueError, match=r"config\.optim: b1, schedule must be given"):
-        setup._check_keys(toy_run.config(optim=optim))
+        setup.check_keys(toy_run.config(optim=optim))
 
 
 @pytest.mark.parametrize("name", ["nyu", "coco", "joint", "vqvae_depth", "vqvae_mask", "quickstart"])
 def test_all_configurations_have_known_keys(name):
     config = load(name)
     for stage in config.get("stages", {"": config}).values():
-        setup._check_keys(stage)
+        setup.check_keys(stage)
         parts = stage.data.values() if "name" not in stage.data else [stage.data]
         for data in parts:
             assert set(data) <= set(datasets.KEYS[data.name])
