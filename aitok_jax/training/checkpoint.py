@@ -4,11 +4,12 @@ A run keeps them in WORKDIR/checkpoints/STEP with three items: `state` (everythi
 ({'params', 'model_state'}; the moving average of the parameters where there is one) and `config` (JSON). WORKDIR/best
 has the last two of the best evaluation, where the config names a `best_metric`.
 
-A checkpoint appears under its name when all of it is written. One that cannot be read all the same is passed over,
-with a warning, for the one before it.
+A checkpoint appears under its name when all of it is written, with checksums of its files. One that cannot be read all
+the same, or is not as it was written, is passed over, with a warning, for the one before it.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from aitok_jax.config import flatten, to_json, translated
+from aitok_jax.training import checksums
 from aitok_jax.training.state import TrainState
 
 LOG = logging.getLogger(__name__)
@@ -50,6 +52,13 @@ def open_manager(workdir: str | Path, *, keep: int = 1) -> ocp.CheckpointManager
 
 
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    def seal():
+        """Everything is written, but not yet under its name."""
+        for step in folder.absolute().glob("*.orbax-checkpoint-tmp*"):
+            checksums.write(step)
+
+    sealing = ocp.AsyncOptions(post_finalization_callback=seal)
+    options = dataclasses.replace(options, async_options=sealing)
     handlers = {
         "state": ocp.StandardCheckpointHandler(),
         "inference": ocp.PyTreeCheckpointHandler(),
@@ -159,6 +168,10 @@ def restore_latest(
     errors = {}
     for step in sorted(manager.all_steps(), reverse=True):
         where = Path(manager.directory) / str(step)
+        damage = checksums.problem(where, ("config", "state")) if jax.process_index() == 0 else ""
+        if not _everywhere(not damage):
+            errors[where] = DamagedError(f"{where} cannot be read: {damage or 'see the first host'}")
+            continue
         try:
             state = _restore(manager, step, where, abstract_state, config)
         except DamagedError as error:
@@ -311,8 +324,11 @@ def load_inference(path: str | Path, step: int | None = None) -> tuple[ConfigDic
 
 
 def _load(folder: Path, step: int) -> tuple[ConfigDict, dict[str, Any]]:
+    where = folder / str(step)
+    if damage := checksums.problem(where, ("config", "inference")):
+        raise DamagedError(f"{where} cannot be read: {damage}; bring back a copy, or install the package again")
     options = ocp.CheckpointManagerOptions(create=False)
-    with _reading(folder / str(step)), _manager(folder, options) as manager:
+    with _reading(where), _manager(folder, options) as manager:
         tree = manager.item_metadata(step).inference.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
