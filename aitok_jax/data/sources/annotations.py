@@ -232,12 +232,12 @@ def _file_name(name: Any, folder: Path) -> str:
     if type(name) is not str or not name.strip() or "\0" in name:
         raise Wrong("file_name that is no name", f"its file_name={shown(name)} must be a text that names a file")
     try:
-        parts = name.encode().split(b"/")
+        encoded = name.encode()
     except UnicodeEncodeError:
         raise Wrong("file_name that is no name", f"its file_name={shown(name)} has characters of no file") from None
-    if max(map(len, parts)) > _MAX_PART or sum(map(len, parts)) > _MAX_PATH:
-        text = f"its file_name={shown(name)} is longer than the {_MAX_PART} bytes that each part of a path may have"
-        raise Wrong("file_name that is too long", text)
+    if len(encoded) > _MAX_PATH or max(map(len, encoded.split(b"/"))) > _MAX_PART:
+        bounds = f"{_MAX_PATH} bytes of a path, or a part of it than {_MAX_PART}"
+        raise Wrong("file_name that is too long", f"its file_name={shown(name)} is longer than the {bounds}")
     if "\\" in name and not os.path.lexists(folder / name) and os.path.exists(folder / name.replace("\\", "/")):
         return name.replace("\\", "/")
     return name

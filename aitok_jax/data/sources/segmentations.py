@@ -90,7 +90,9 @@ def _rare(segmentation: list, height: int, width: int) -> Segmentation:
 
 
 def _are_points(polygon: Any) -> bool:
-    return type(polygon) is list and all(type(point) is list and len(point) == 2 for point in polygon)
+    if type(polygon) is not list or not all(type(point) is list and len(point) == 2 for point in polygon):
+        return False
+    return not any(isinstance(value, list) for point in polygon for value in point)
 
 
 def _polygon(polygon: Any) -> list[float]:
@@ -290,7 +292,7 @@ def _flat(polygons: list[list[float]]) -> np.ndarray:
 
 def _too_far(polygons: list[list[float]], height: int, width: int) -> Wrong:
     for value in itertools.chain.from_iterable(polygons):
-        if math.isnan(value) or value in (math.inf, -math.inf):
+        if value != value or value in (math.inf, -math.inf):  # isnan takes no large ints
             return Wrong("polygon with a value that is no number", f"its polygon has the coordinate {value}")
     far = FAR * max(height, width)
     for polygon in polygons:
