@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aitok_jax import tasks
-from aitok_jax.convert import published, weight_files
+from aitok_jax.convert import published, rules, weight_files
 from aitok_jax.models.vqvae import VQVAE
 from aitok_jax.tasks.modalities.depth import Depth
 from aitok_jax.tasks.tokenizer import MapTokenizer
@@ -63,7 +63,7 @@ class _Tokenizer:
 
     @classmethod
     def _from_file(cls, path: str | Path) -> tuple[VQVAE, dict]:
-        state_dict = {name.removeprefix("module."): array for name, array in weight_files.read_weights(path).items()}
+        state_dict = _stripped(path, weight_files.read_weights(path))
         inside = {name: array for name, array in state_dict.items() if name.startswith(cls._prefix)}
         state_dict = {name.removeprefix(cls._prefix): array for name, array in (inside or state_dict).items()}
         fields = _fields_of(path, state_dict) | cls._options
@@ -260,6 +260,15 @@ class MaskTokenizer(_Tokenizer):
 @functools.lru_cache(maxsize=32)
 def _compiled(model: VQVAE, method: str):
     return jax.jit(functools.partial(model.apply, method=method))
+
+
+def _stripped(path: str | Path, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights under the names that they have without wrappers (`rules.strip`)."""
+    names: dict[str, str] = {}
+    for name in weights:
+        if (other := names.setdefault(rules.strip(name), name)) != name:
+            raise ValueError(f"{path}: {other} and {name} are one name, {rules.strip(name)}; save one of the two models")
+    return {plain: weights[name] for plain, name in names.items()}
 
 
 def _fields_of(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> dict[str, int]:

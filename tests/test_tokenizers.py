@@ -200,13 +200,22 @@ def test_other_runs_and_files_are_refused(places, tmp_path):
         DepthTokenizer.load(tmp_path / "lacks.safetensors")
 
 
-def test_prefixes_and_missing_averages(places, tmp_path):
+@pytest.mark.parametrize("prefix", ["module.", "model._orig_mod."])
+def test_prefixes_and_missing_averages(places, tmp_path, prefix):
     weights = read_weights(places / "depth.safetensors")
     del weights["_vq_vae._ema_w"], weights["_vq_vae._ema_cluster_size"]
-    write_weights(tmp_path / "w.safetensors", {f"module.{name}": array for name, array in weights.items()})
+    write_weights(tmp_path / "w.safetensors", {f"{prefix}{name}": array for name, array in weights.items()})
     maps = maps_of("depth")
     expected = DepthTokenizer.load(places / "depth").encode(maps)
     np.testing.assert_array_equal(DepthTokenizer.load(tmp_path / "w.safetensors").encode(maps), expected)
+
+
+def test_two_names_that_are_one_without_prefixes(places, tmp_path):
+    weights = read_weights(places / "depth.safetensors")
+    twice = {f"{prefix}{name}": array for name, array in weights.items() for prefix in ("", "module.")}
+    write_weights(tmp_path / "w.safetensors", twice)
+    with pytest.raises(ValueError, match=r"(?s)w\.safetensors: .* and .* are one name, .*; save one of the two models"):
+        DepthTokenizer.load(tmp_path / "w.safetensors")
 
 
 def test_a_solver_gives_its_frozen_tokenizer(tmp_path):
