@@ -92,7 +92,7 @@ def _read(path: Path) -> tuple[dict[str, list], str]:
     """The lists of a JSON, entries unchecked, and the digest of the file."""
     try:
         text = path.read_bytes()
-        content = json.loads(text)
+        content = _parsed(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such annotations file; set data.root and the annotation files") from None
     except OSError as error:
@@ -107,6 +107,11 @@ def _read(path: Path) -> tuple[dict[str, list], str]:
     if not content["images"]:
         raise DataError(f"{path}: no images; use an instances JSON as published")
     return content, digest(text)
+
+
+def _parsed(text: bytes, margin: int = 50) -> Any:
+    """Refuses what is nested so deep that it could not be written again a few calls further down."""
+    return _parsed(text, margin - 1) if margin else json.loads(text)
 
 
 def _checked(
@@ -292,7 +297,7 @@ class _AnnotationReader:
             if not self._masks:
                 self.bare += 1
             elif problem.kind == "segmentation missing":
-                raise Wrong(problem.kind, f"{problem}; for boxes alone set mask_size to 0") from None
+                raise Wrong(problem.kind, f"{problem}; boxes alone do where mask_size is 0") from None
             else:
                 raise
         entry.pop("segmentation", None)

@@ -26,8 +26,8 @@ class CocoSource(Skipping):
       annotations: the instances JSON; masks are polygons or run-length codes, compressed or not.
       with_objects: leave out images without an object, for training (117266 of COCO train2017 remain).
       masks: False gives no masks and needs no `segmentation` in the JSON.
-      on_error: 'raise' refuses broken annotations and images; 'skip' leaves out broken annotations, and lets
-        `read_readable` (and so the pipeline) go on without broken images.
+      on_error: 'raise' refuses broken annotations and images; 'skip' leaves out broken entries of the JSON, counted in
+        the log, and lets `read_readable` (and so the pipeline) go on without broken images.
       cache: keep decoded examples in memory (about 1 MB for a 640x480 image, and 40 kB an object).
       expected_count: the number of images that there must be; 0 = any.
 
@@ -35,15 +35,16 @@ class CocoSource(Skipping):
       names: list[str], file names, one per image.
       ids: list[int], COCO image ids.
       sizes: int32[N,2] (height, width).
-      content: dict, the whole JSON, without broken annotations.
+      content: dict, the whole JSON, without broken entries, and with those numbers as numbers that are text there.
       categories: list[str], the name of each class.
       category_ids: list[int], the COCO id of each class.
-      skipped: set[str], what was left out so far because it is broken: file names, and 'annotation ID'.
+      skipped: set[str], what was left out so far because it is broken: file names, 'annotation ID' and 'image ID',
+        or 'annotation [0]', the first of the list, where its id is broken.
 
     Raises:
       FileNotFoundError: no such folder or JSON.
-      DataError: a malformed JSON, one without images or without objects, another count than expected; an annotation
-        with missing fields, an unknown image or category, a degenerate polygon, or a code of another size.
+      DataError: a malformed JSON, one without images or without objects, another count than expected; categories or,
+        with on_error='raise', images and annotations with a missing field, or one of another type or range.
     """
 
     def __init__(
