@@ -49,6 +49,26 @@ def test_identity_predictor_gives_the_image_back(shape, flip):
     np.testing.assert_allclose(merge(cut(x, starts), *shape[1:3], starts), x, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 20, 3), (2, 20, 8, 3), (1, 8, 12, 3), (1, 8, 8, 3)])
+def test_blended_windows_have_no_seam(shape):
+    """Where window k says k everywhere, averages step by half where a window ends; blends rise evenly."""
+    x = images(shape)
+    batch, height, width, _ = shape
+    starts, size = window_starts(height, width), min(height, width)
+    same = predict_windows(lambda windows: {"all": windows}, x, flip=False, blend=True)["all"]
+    np.testing.assert_allclose(same, x, rtol=1e-6)
+    said = jnp.broadcast_to(jnp.arange(len(starts)).repeat(batch).reshape(-1, 1, 1), (len(starts) * batch, size, size))
+    blended, averaged = (merge(said, height, width, starts, blend=blend)[0] for blend in (True, False))
+    line, before = ((map_[:, 0] if height > width else map_[0]) for map_ in (blended, averaged))
+    np.testing.assert_array_equal(blended, np.broadcast_to(line[:, None] if height > width else line, blended.shape))
+    if len(starts) > 1:
+        overlap = size - (starts[1] - starts[0])
+        assert np.abs(np.diff(before)).max() >= 0.5
+        assert np.abs(np.diff(line)).max() <= 1.2 / overlap
+        assert (np.diff(line) >= -1e-6).all()
+    assert (line[0], line[-1]) == (0, len(starts) - 1)
+
+
 def test_one_call_in_window_major_order_mirrors_last():
     x = images((2, 4, 6, 1))
     calls = []

@@ -25,6 +25,7 @@ class ToyPart:
 
     image_size: int = 48
     flip: bool = False
+    blend: bool = False
     eval_crop: None = None
     modality: Depth = DEPTH
 

@@ -44,6 +44,7 @@ class MapPart:
             weights learns far faster with it, since most of an image in 0..1 is its mean.
         pad_to: pad the squares at the right and bottom with zeros to this side; 0 = no padding.
         flip: average with the mirror image at test time.
+        blend: blend the windows of long images, see `predict_windows`; the published evaluation does not.
         eval_crop: rows and columns (top, bottom, left, right) that metrics look at, or None.
         input_noise, memory_weight: see `from_scratch`; 0 as published.
     """
@@ -62,6 +63,7 @@ class MapPart:
     normalize_image: bool = False
     pad_to: int = 0
     flip: bool = True
+    blend: bool = False
     eval_crop: tuple[int, int, int, int] | None = None
     input_noise: float = 0.0
     memory_weight: float = 0.0
@@ -167,7 +169,7 @@ class MapPart:
         def mirror(maps):
             return {**maps, "map": self.modality.mirror(maps["map"])}
 
-        maps = predict_windows(square, batch["image"], flip=self.flip, mirror=mirror)
+        maps = predict_windows(square, batch["image"], flip=self.flip, blend=self.blend, mirror=mirror)
         return {self.modality.name: self.modality.finish(maps["map"]), "confidence": maps["confidence"]}
 
     def memory(self, params: Tree, images_BHWC: jax.Array) -> list:

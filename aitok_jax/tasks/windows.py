@@ -17,19 +17,22 @@ def predict_windows(
     images_BHWC: jax.Array,
     *,
     flip: bool = True,
+    blend: bool = False,
     mirror: Callable[[Maps], Maps] = lambda maps: maps,
 ) -> Maps:
     """Predicts maps of images of any shape with a function of square images. Can be jitted.
 
     The squares have the size of the image's short side S and lie evenly along its long side; the first starts and the
     last ends at the border. They and their mirror images go through `predict_fn` in one batch; mirrored results are
-    mirrored back and averaged, and overlaps are averaged.
+    mirrored back and averaged, and so are overlaps, or blended.
 
     Args:
         predict_fn: [n, S, S, C] -> dict of maps [n, S, S, ...]. The n images are window 0 of all B images, window 1 of
             all, ..., then the mirrored windows in the same order.
         images_BHWC: any float dtype, H and W static.
         flip: average with the mirror images.
+        blend: in overlaps, the weight of a window falls to its border; else all have one weight, as published, and an
+            edge is seen where a window ends.
         mirror: what the maps of mirrored images become, after their columns were reversed.
     Returns:
         f32[B, H, W, ...] for every map of `predict_fn`.
@@ -49,7 +52,7 @@ def predict_windows(
         straight, mirrored = ({name: map_[part] for name, map_ in maps.items()} for part in _halves(expected[0]))
         back = mirror({name: map_[:, :, ::-1] for name, map_ in mirrored.items()})
         maps = {name: (straight[name] + back[name]) / 2 for name in straight}
-    return {name: merge(map_, height, width, starts) for name, map_ in maps.items()}
+    return {name: merge(map_, height, width, starts, blend) for name, map_ in maps.items()}
 
 
 def _halves(count: int) -> tuple[slice, slice]:
@@ -66,19 +69,23 @@ def cut(images_BHWC: jax.Array, starts: Sequence[int]) -> jax.Array:
     return jnp.concatenate(windows)
 
 
-def merge(maps_NSS: jax.Array, height: int, width: int, starts: Sequence[int]) -> jax.Array:
-    """Undoes `cut` on maps f32[windows·B, S, S, ...]: f32[B, height, width, ...], overlaps averaged."""
+def merge(maps_NSS: jax.Array, height: int, width: int, starts: Sequence[int], blend: bool = False) -> jax.Array:
+    """Undoes `cut` on maps f32[windows·B, S, S, ...]: f32[B, height, width, ...], overlaps averaged or blended."""
     maps_KBSS = maps_NSS.reshape(len(starts), -1, *maps_NSS.shape[1:])
     size, channels = min(height, width), maps_NSS.shape[3:]
     total_BHW = jnp.zeros((maps_KBSS.shape[1], height, width, *channels), jnp.float32)
-    times_HW = np.zeros((height, width), np.float32)
+    weight_HW = np.zeros((height, width), np.float32)
+    along_S = np.arange(size, dtype=np.float32) + 0.5
+    weight_S = np.minimum(along_S, size - along_S) if blend else np.ones_like(along_S)
+    weight_SS = np.broadcast_to(weight_S[:, None] if height > width else weight_S[None], (size, size))
     for start, map_BSS in zip(starts, maps_KBSS, strict=True):
         rows, columns = slice(0, size), slice(start, start + size)
         if height > width:
             rows, columns = columns, rows
-        total_BHW = total_BHW.at[:, rows, columns].add(map_BSS)
-        times_HW[rows, columns] += 1
-    return total_BHW / times_HW.reshape(1, height, width, *(1 for _ in channels))
+        weighted_BSS = map_BSS * weight_SS.reshape(1, size, size, *(1 for _ in channels)) if blend else map_BSS
+        total_BHW = total_BHW.at[:, rows, columns].add(weighted_BSS)
+        weight_HW[rows, columns] += weight_SS
+    return total_BHW / weight_HW.reshape(1, height, width, *(1 for _ in channels))
 
 
 def window_starts(height: int, width: int) -> tuple[int, ...]:
