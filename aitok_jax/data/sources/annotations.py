@@ -6,7 +6,6 @@ the same mask. The rest is a fault, with a label that names the entry.
 
 import collections
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +21,13 @@ from aitok_jax.data.sources.segmentations import Wrong, shown
 Annotation = dict[str, Any]
 
 MIN_SIDE = 1.0  # pixels: annotations with a shorter side are no training objects
+_NO_AREA = 1e-6  # rounding gives flat polygons as much
 _MAX_AREA = 1e10  # pycocotools counts no larger objects
 _INT64, _NUMBERS = 2**63, (int, float)
 _MAX_PART, _MAX_PATH = 255, 4000  # bytes
 _CHUNK = 500_000  # numbers or characters of masks to check at once
 _LISTED = 5  # ids of each kind of fault in the log
+_WITHOUT_MASKS = "; boxes alone do where mask_size is 0"
 _LISTS = "images", "categories", "annotations"
 _OF_IMAGES, _OF_CATEGORIES = ("id", "file_name", "height", "width"), ("id", "name")
 
@@ -175,9 +176,11 @@ def _replace(entry: dict[str, Any], name: str, read: Callable[[Any], Any], wante
 def _need(entry: Any, names: tuple[str, ...], plural: str = "") -> None:
     missing = [name for name in names if type(entry) is not dict or name not in entry]
     if missing:
+        alone = missing == ["segmentation"]
         rule = f"{plural} must have {', '.join(names)}, but " if plural else ""
-        kind = f"without {', '.join(missing)}"
-        raise Wrong(kind, f"{rule}it has no {', '.join(missing)}" + f" ({shown(entry)})" * (type(entry) is not dict))
+        kind = "segmentation missing" if alone else f"without {', '.join(missing)}"
+        text = f"{rule}it has no {', '.join(missing)}" + _WITHOUT_MASKS * alone
+        raise Wrong(kind, text + f" ({shown(entry)})" * (type(entry) is not dict))
 
 
 def _categories(entries: list[Any], path: Path) -> set[int]:
@@ -297,7 +300,7 @@ class _AnnotationReader:
             if not self._masks:
                 self.bare += 1
             elif problem.kind == "segmentation missing":
-                raise Wrong(problem.kind, f"{problem}; boxes alone do where mask_size is 0") from None
+                raise Wrong(problem.kind, f"{problem}{_WITHOUT_MASKS}") from None
             else:
                 raise
         entry.pop("segmentation", None)
@@ -330,8 +333,10 @@ class _AnnotationReader:
             if area == 0:
                 kind = "degenerate mask" if type(entry["segmentation"]) is dict else "degenerate polygon"
                 return Wrong(kind, f"{kind} of zero area, though area={given} and bbox={shown(entry['bbox'])}")
-        if not given:
-            self.areas += area > 0
+        if not given and area < _NO_AREA:
+            entry.setdefault("area", 0.0)
+        elif not given:
+            self.areas += 1
             entry["area"] = area
         return None
 
@@ -367,7 +372,7 @@ def _read_box(entry: Annotation, height: int, width: int) -> None:
     box = entry["bbox"]
     if type(box) is not list or len(box) != 4:
         raise _box_fault(box, "that is not 4 numbers", " must be x, y, width, height")
-    if not {int, float}.issuperset(map(type, box)) or not _finite(box):
+    if not {int, float}.issuperset(map(type, box)) or not segmentations.finite(box):
         try:
             box = entry["bbox"] = [segmentations.number(value) for value in box]
         except ValueError as error:
@@ -381,14 +386,6 @@ def _read_box(entry: Annotation, height: int, width: int) -> None:
         raise _box_fault(box, "far outside the image", f" is far outside its image of {height}x{width}")
     if w >= MIN_SIDE <= h and (x >= width or y >= height or x + w <= 0 or y + h <= 0):
         raise _box_fault(box, "outside the image", f" is outside its image of {height}x{width}")
-
-
-def _finite(values: list[float]) -> bool:
-    """Also False where one is beyond all floats."""
-    try:
-        return all(map(math.isfinite, values))
-    except OverflowError:
-        return False
 
 
 def _box_fault(box: Any, kind: str, text: str) -> Wrong:

@@ -48,6 +48,14 @@ def number(value: Any) -> float:
     raise ValueError(shown(value))
 
 
+def finite(values: list[float]) -> bool:
+    """Whether all are; False too for a whole number beyond all floats."""
+    try:
+        return all(map(math.isfinite, values))
+    except OverflowError:
+        return False
+
+
 def whole(value: Any) -> int:
     """A whole number, also one written as 2.0 or as text; ValueError for anything else, and beyond 64 bits."""
     read = value if type(value) is int else number(value)
