@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from absl import logging
+from hostile import mutate_images, tries
 from PIL import Image, PngImagePlugin
 
 from aitok_jax import image as images
@@ -301,3 +302,10 @@ def test_a_unit_that_cannot_be_is_a_warning_that_names_the_scale(factor, advice,
     assert advice in said[0]
     depth_files.read(saved(METRES))
     assert len(said) == 1
+
+
+def test_mutated_files():
+    tried = tries.run("hostile.mutate_images", 600)
+    assert not [one for one in tried if one.verdict in tries.WRONG], tries.table(tried)
+    assert len({one.kind for one in tried}) == len(mutate_images.sound())
+    assert min(sum(one.verdict == verdict for one in tried) for verdict in ("read", "refused")) > 50
