@@ -14,6 +14,8 @@ JAX promises that releases of the next six months run such a program.
 """
 
 import argparse
+import hashlib
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +31,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import aitok_jax
 from aitok_jax.image import IMAGENET_MEAN
-from aitok_jax.predict.predictor import Predictor
-from aitok_jax.predict.views import model_size
+from aitok_jax.predict.predictor import Predictor, check_path, check_process
+from aitok_jax.predict.views import model_size, whole_number
 from aitok_jax.tasks.base import compiled_predict
 
 PROGRAM, WEIGHTS, DESCRIPTION = "predict.jaxexport", "weights.npz", "export.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5
+AGAIN = "export it again"
 
 
 def export(
@@ -58,13 +61,13 @@ def export(
     Raises:
         ValueError: a task that this model does not do, or a size that does not fit it.
     """
+    check_path("folder", folder)
+    check_process()
     task = predictor.choose(task)
     part = predictor.parts[task]
     if size is not None and part.kind != "maps":
-        raise ValueError(f"size={tuple(size)} is for maps; {task} is predicted on squares: leave it out")
-    if size is not None and min(size) < 1:
-        raise ValueError(f"size={tuple(size)} must be a height and a width in pixels, at least 1")
-    height, width = model_size(*(size or (1, 1)), part.image_size)
+        raise ValueError(f"size={size!r:.200} is for maps; {task} is predicted on squares: leave it out")
+    height, width = model_size(*((1, 1) if size is None else _height_and_width(size)), part.image_size)
 
     def predict(weights: Mapping[str, jax.Array], images: jax.Array) -> dict[str, jax.Array]:
         tree = unflatten_dict(weights, sep="/")
@@ -75,24 +78,44 @@ def export(
     weights = _flat_weights(predictor)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), height, width, 3), np.float32)
-    program = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(shapes, images)
+    with jax.enable_x64(False):
+        program = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(shapes, images)
     description = _description(predictor, task, program, images)
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PROGRAM).write_bytes(program.serialize())
     np.savez(folder / WEIGHTS, **weights)
+    description["sha256"] = {name: _sha256((folder / name).read_bytes()) for name in (PROGRAM, WEIGHTS)}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     return description
 
 
 def load(folder: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Reads what `export` wrote: a function of images float32[batch,H,W,3], compiled once for each batch size."""
-    program = jax.export.deserialize(bytearray((Path(folder) / PROGRAM).read_bytes()))
-    with np.load(Path(folder) / WEIGHTS) as file:
-        weights = jax.device_put(dict(file))
-    call = jax.jit(program.call)
-    return lambda images: jax.device_get(call(weights, images))
+    """Reads what `export` wrote: a function of images float32[batch,H,W,3] in 0..1, compiled for each batch size.
+
+    Raises:
+        OSError: one of the three files is missing or must not be read.
+        ValueError: a file is cut off or otherwise damaged, or the two are not of one export. The function raises it for
+            images of another shape or type, or outside of 0..1.
+        RuntimeError: in a process forked after a model was loaded; the function, too.
+    """
+    check_path("folder", folder)
+    check_process()
+    sums = _read(Path(folder) / DESCRIPTION).get("sha256", {})  # older exports have none
+    program, weights = (_read(Path(folder) / name, sums.get(name)) for name in (PROGRAM, WEIGHTS))
+    (shapes, images), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+    wanted, found = ({name: (x.shape, x.dtype) for name, x in each.items()} for each in (shapes, weights))
+    if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
+        raise ValueError(f"{Path(folder) / WEIGHTS} does not fit {PROGRAM} ({wrong[0]} differs); {AGAIN}")
+    weights, call = jax.device_put(weights), jax.jit(program.call)
+
+    def run(given: np.ndarray) -> dict[str, np.ndarray]:
+        check_process()
+        with jax.enable_x64(False):
+            return jax.device_get(call(weights, _checked(given, images.shape)))
+
+    return run
 
 
 def compare(predictor: Predictor, folder: str | Path, batch_size: int = 2) -> dict[str, float]:
@@ -101,13 +124,58 @@ def compare(predictor: Predictor, folder: str | Path, batch_size: int = 2) -> di
     Returns:
         For each output the largest difference, absolute up to 1 and relative beyond.
     """
-    description = json.loads((Path(folder) / DESCRIPTION).read_text())
+    batch_size = whole_number("batch_size", batch_size)
+    check_path("folder", folder)
+    description = _read(Path(folder) / DESCRIPTION)
     images = np.random.default_rng(0).random((batch_size, *description["input"]["shape"][1:]), np.float32)
     found = load(folder)(images)
     predict = compiled_predict(predictor.parts[description["task"]])
-    expected = predict(*predictor.weights, {"image": images, "id": np.zeros(batch_size, np.int32)})
+    with jax.enable_x64(False):
+        expected = predict(*predictor.weights, {"image": images, "id": np.zeros(batch_size, np.int32)})
     pairs = {name: (np.float64(found[name]), np.float64(expected[name])) for name in description["outputs"]}
     return {name: float(np.max(np.abs(a - b) / np.maximum(1, np.abs(b)))) for name, (a, b) in pairs.items()}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(file: Path, sha256: str | None = None) -> Any:
+    """One of the files; what is wrong with it is said with its name."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} is missing; {AGAIN}") from error
+    if sha256 not in (None, _sha256(data)):
+        raise ValueError(f"{file} is damaged, or of another export (its sha256 is not that in {DESCRIPTION}); {AGAIN}")
+    try:
+        if file.name == PROGRAM:
+            return jax.export.deserialize(bytearray(data))
+        if file.name == WEIGHTS:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                return dict(arrays)
+        return json.loads(data)
+    except Exception as error:  # each reader raises kinds of its own
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error!s:.200}); {AGAIN}") from error
+
+
+def _height_and_width(size: Any) -> tuple[int, int]:
+    try:
+        height, width = size
+        return whole_number("height", height), whole_number("width", width)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"size={size!r:.200} must be a height and a width in pixels, at least 1") from error
+
+
+def _checked(images: Any, shape: Sequence[Any]) -> np.ndarray:
+    """Images as the program takes them."""
+    array, wanted = np.asarray(images), f"float32[batch, {', '.join(map(str, shape[1:]))}] in 0..1"
+    if array.dtype.kind != "f" or array.shape[1:] != shape[1:] or not len(array):
+        fix = "resize them and divide by 255, as export.json says"
+        raise ValueError(f"images must be {wanted}, got {array.dtype} of shape {array.shape}; {fix}")
+    if np.ma.is_masked(images) or not np.all((array >= 0) & (array <= 1)):
+        raise ValueError(f"images must be {wanted}, but some values are outside, NaN or masked; divide by 255")
+    return array.astype(np.float32)
 
 
 def _flat_weights(predictor: Predictor) -> dict[str, np.ndarray]:

@@ -24,6 +24,8 @@ from ml_collections import ConfigDict
 from aitok_jax import tasks
 from aitok_jax.convert import published, rules, weight_files
 from aitok_jax.models.vqvae import VQVAE
+from aitok_jax.predict.predictor import check_path, check_process
+from aitok_jax.predict.views import whole_number
 from aitok_jax.tasks.modalities.depth import Depth
 from aitok_jax.tasks.tokenizer import MapTokenizer
 from aitok_jax.training import checkpoint
@@ -40,6 +42,7 @@ class _Tokenizer:
     _options: ClassVar[dict[str, Any]]  # of the published tokenizer, which a weight file does not tell
 
     def __init__(self, model: VQVAE, variables: Mapping[str, Any], size: int | None = None):
+        check_process()
         self.model, self._size = model, size
         self._variables = jax.device_put(jax.tree.map(jnp.asarray, dict(variables)))
 
@@ -56,7 +59,10 @@ class _Tokenizer:
         Raises:
           FileNotFoundError: nothing there.
           ValueError: a directory or file of something else, or one that is damaged (see `weight_files`).
+          RuntimeError: in a process forked after a model was loaded; as by every call.
         """
+        check_path("path", path)
+        check_process()
         if checkpoint.locate(path).is_dir():
             return cls(*cls._from_directory(path))
         return cls(*cls._from_file(path))
@@ -97,14 +103,20 @@ class _Tokenizer:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the tokens of a map of this size."""
-        return self.model.grid(height, width)
+        return self.model.grid(whole_number("height", height), whole_number("width", width))
 
     def _encode(self, maps: np.ndarray) -> np.ndarray:
         single = maps.ndim == 2
         batch = maps[None] if single else maps
-        codes = _compiled(self.model, "encode")(self._variables, batch[..., None].astype(np.float32))
-        ids = np.array(codes).reshape(len(batch), math.prod(codes.shape[1:]))
+        self.grid(*batch.shape[1:])
+        codes = self._run("encode", batch[..., None].astype(np.float32))
+        ids = codes.reshape(len(batch), math.prod(codes.shape[1:]))
         return ids[0] if single else ids
+
+    def _run(self, method: str, x: np.ndarray) -> np.ndarray:
+        check_process()
+        with jax.enable_x64(False):
+            return np.array(_compiled(self.model, method)(self._variables, x))
 
     def decode(self, ids: np.ndarray, grid: tuple[int, int] | None = None) -> np.ndarray:
         """Tokens to maps.
@@ -117,9 +129,9 @@ class _Tokenizer:
           float32[H,W] or float32[B,H,W], in the units and range of the class.
 
         Raises:
-          ValueError: ids that are no whole numbers or outside 0..K-1, or whose number does not fit the grid.
+          ValueError: ids that are masked, no whole numbers or outside 0..K-1, or whose number does not fit the grid.
         """
-        ids = np.asarray(ids)
+        ids = _array("ids", ids)
         if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2, 3):
             raise ValueError(f"ids must be whole numbers [T], [B,T] or [B,h,w], got {ids.dtype} of shape {ids.shape}")
         if ids.size and not (ids.min() >= 0 and ids.max() < self.num_codes):
@@ -140,7 +152,10 @@ class _Tokenizer:
         Raises:
           ValueError: another shape, or what are no probabilities (logits, say).
         """
-        p = np.asarray(probabilities, np.float32)
+        p = _array("probabilities", probabilities)
+        if p.dtype.kind not in "fiu":
+            raise ValueError(f"probabilities must be floats that sum to 1 over the codes, got {p.dtype}")
+        p = p.astype(np.float32)
         if p.ndim not in (2, 3, 4) or p.shape[-1] != self.num_codes:
             raise ValueError(f"probabilities must be [T,K], [B,T,K] or [B,h,w,K], K={self.num_codes}, got {p.shape}")
         if p.size and (p.min() < 0 or not np.allclose(p.sum(-1), 1, atol=1e-3)):
@@ -158,12 +173,12 @@ class _Tokenizer:
             grid = shape[1:]
         elif grid is None:
             grid = (math.isqrt(shape[1]),) * 2
-        grid = tuple(grid)
-        if len(grid) != 2 or grid[0] * grid[1] != math.prod(shape[1:]):
+        grid = _rows_and_columns(grid)
+        if math.prod(grid) != math.prod(shape[1:]):
             raise ValueError(f"{shape[1]} tokens a map do not fill a grid of {grid}; give grid=(rows, columns)")
         self._check_grid(grid)
         x = x.reshape(shape[0], *grid, *x.shape[len(shape) :])
-        maps = np.array(_compiled(self.model, method)(self._variables, x))[..., 0]
+        maps = self._run(method, x)[..., 0]
         return maps[0] if single else maps
 
     def _check_grid(self, grid: tuple[int, int]) -> None:
@@ -195,15 +210,17 @@ class DepthTokenizer(_Tokenizer):
     def encode(self, maps: np.ndarray) -> np.ndarray:
         """float[H,W] or float[B,H,W] metres -> ids int32[T] or int32[B,T], row by row.
 
+        What a masked array masks has no annotation.
+
         Raises:
           ValueError: whole numbers (millimetres, say), negative or infinite values, or a size that is no multiple of
             the downsample ratio.
         """
-        maps = np.asarray(maps)
+        maps = _array("depth", maps, missing=0)
         if maps.dtype.kind != "f" or maps.ndim not in (2, 3):
             raise ValueError(f"depth must be floats in metres [H,W] or [B,H,W], got {maps.dtype} of shape {maps.shape}")
         if not np.all(np.isfinite(maps) & (maps >= 0)):
-            raise ValueError("depth must be finite and at least 0; set pixels without annotation to 0")
+            raise ValueError(f"depth must be finite and at least 0, {_range(maps)}; set pixels without annotation to 0")
         return self._encode(maps)
 
 
@@ -239,9 +256,9 @@ class MaskTokenizer(_Tokenizer):
         """bool, uint8 or float[S,S] or [B,S,S] masks in 0..1 -> ids int32[T] or int32[B,T], row by row.
 
         Raises:
-          ValueError: values outside 0..1, masks that are not square, or of another size.
+          ValueError: values that are masked or outside 0..1, masks that are not square, or of another size.
         """
-        maps = np.asarray(maps)
+        maps = _array("masks", maps)
         wanted = self.size or f"a multiple of {self.model.downsample}"
         square = (
             maps.ndim in (2, 3) and maps.shape[-1] == maps.shape[-2] and maps.shape[-1] % self.model.downsample == 0
@@ -249,12 +266,38 @@ class MaskTokenizer(_Tokenizer):
         if not square or maps.shape[-1] != (self.size or maps.shape[-1]):
             raise ValueError(f"masks must be [S,S] or [B,S,S], S = {wanted}, got {maps.shape}; resize the crop")
         if maps.dtype.kind not in "fbiu" or not np.all((maps >= 0) & (maps <= 1)):
-            raise ValueError(f"masks must lie in 0..1, got {maps.dtype} up to {maps.max()}; divide by 255, or compare")
+            fix = "divide by 255, or compare; what is unknown (NaN, -1) counts as 0 or 1, as you decide"
+            raise ValueError(f"masks must lie in 0..1, {_range(maps)}; {fix}")
         return self._encode(maps)
 
     def _check_grid(self, grid: tuple[int, int]) -> None:
         if self.size and grid != self.grid(self.size, self.size):
             raise ValueError(f"a mask has {self.grid(self.size, self.size)} tokens, row by row, but {grid} are given")
+
+
+def _array(name: str, value: Any, missing: float | None = None) -> np.ndarray:
+    """As NumPy, `missing` where it is masked; ValueError for masked values without, and for what is no array."""
+    try:
+        array = np.ma.array(value)  # heeds the masks in a list, too
+    except Exception as error:  # another library's arrays raise what they like
+        given = f"{type(value).__name__} ({error!s:.200})"
+        raise ValueError(f"{name} must be a NumPy array of numbers, got {given}; convert it") from error
+    if missing is None and np.ma.is_masked(array):
+        raise ValueError(f"{name} must have no masked values; fill them with what they stand for (.filled(0), say)")
+    return np.asarray(array.data if missing is None else array.filled(missing))
+
+
+def _range(array: np.ndarray) -> str:
+    """Of an array of any type, for messages."""
+    return f"got {array.dtype}" + (f" in {array.min()}..{array.max()}" if array.dtype.kind in "fbiu" else "")
+
+
+def _rows_and_columns(grid: Any) -> tuple[int, int]:
+    try:
+        rows, columns = grid
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"grid={grid!r:.200} must be (rows, columns)") from error
+    return whole_number("rows of the grid", rows), whole_number("columns of the grid", columns)
 
 
 @functools.lru_cache(maxsize=32)
@@ -267,7 +310,7 @@ def _stripped(path: str | Path, weights: Mapping[str, np.ndarray]) -> dict[str, 
     names: dict[str, str] = {}
     for name in weights:
         if (other := names.setdefault(rules.strip(name), name)) != name:
-            raise ValueError(f"{path}: {other} and {name} are one name, {rules.strip(name)}; save one of the two models")
+            raise ValueError(f"{path}: {other} and {name} are one, {rules.strip(name)}; save one of the two models")
     return {plain: weights[name] for plain, name in names.items()}
 
 
@@ -301,17 +344,18 @@ def write_text(box: Sequence[float], ids: Sequence[int] | None, height: int, wid
     Raises:
       ValueError: a box outside the image, ids that are not 16 numbers in 0..127, or a label that holds '<', '>' or ';'.
     """
-    if len(box) != 4 or not all(0 <= v <= size for v, size in zip(box, (width, height) * 2, strict=True)):
-        raise ValueError(f"box={list(box)} must be x1 y1 x2 y2 inside of an image of {height}×{width}")
-    if ids is not None and (len(ids) != MASK_TOKENS or not all(0 <= i < MASK_CODES and int(i) == i for i in ids)):
-        raise ValueError(f"a mask has {MASK_TOKENS} ids in 0..{MASK_CODES - 1}, got {list(ids)}")
-    if re.search("[<>;]", label):
-        raise ValueError(f"label={label!r} must not hold '<', '>' or ';'")
-    x1, y1, x2, y2 = box
+    height, width = whole_number("height", height), whole_number("width", width)
+    corners, sides = _array("box", box), (width, height) * 2
+    if corners.shape != (4,) or corners.dtype.kind not in "fiu" or not np.all((corners >= 0) & (corners <= sides)):
+        raise ValueError(f"box={box!r:.200} must be x1 y1 x2 y2 inside of an image of {height}×{width}")
+    codes = np.zeros(0, int) if ids is None else _array("ids", ids)
+    if ids is not None and (codes.shape != (MASK_TOKENS,) or not np.isin(codes, range(MASK_CODES)).all()):
+        raise ValueError(f"a mask has {MASK_TOKENS} ids in 0..{MASK_CODES - 1}, got {ids!r:.200}")
+    if not isinstance(label, str) or re.search("[<>;]", label):
+        raise ValueError(f"label={label!r:.200} must be a text and must not hold '<', '>' or ';'")
+    x1, y1, x2, y2 = corners.tolist()
     fractions = (y1 / height, x1 / width, y2 / height, x2 / width)
-    words = [f"<loc{round(LOCATIONS * f):04d}>" for f in fractions] + [
-        f"<seg{int(i):03d}>" for i in (() if ids is None else ids)
-    ]
+    words = [f"<loc{round(LOCATIONS * f):04d}>" for f in fractions] + [f"<seg{int(i):03d}>" for i in codes]
     return f"{''.join(words)} {label}".rstrip()
 
 
@@ -328,6 +372,9 @@ def parse_text(text: str, height: int, width: int) -> list[dict[str, Any]]:
     Raises:
       ValueError: anything else, with the object and what is wrong with it.
     """
+    height, width = whole_number("height", height), whole_number("width", width)
+    if not isinstance(text, str):
+        raise ValueError(f"text={text!r:.200} must be a str; parse a list's texts one by one")
     return [_parse_object(part, height, width) for part in text.split(";")] if text.strip() else []
 
 

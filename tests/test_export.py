@@ -53,6 +53,13 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    export.export(Predictor.load(runs["depth"]), folder)
+    return folder
+
+
 def foreign(site, folder, images):
     """The outputs of the files in `folder`, from a process without this package."""
     np.save(folder / "images.npy", images)
@@ -129,6 +136,60 @@ def test_wrong_arguments_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="10x100"):
         export.export(predictor, tmp_path, "depth", (10, 100))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "size", [("a", 4), 5, "44", (4,), (1, 2, 3), (2.5, 4), (np.nan, 4), (True, 4), (0, 4), [[4, 4]]]
+)
+def test_wrong_sizes(runs, tmp_path, size):
+    joint = Predictor.load(runs["joint"])
+    with pytest.raises(ValueError, match=r"size=.* must be a height and a width in pixels, at least 1"):
+        export.export(joint, tmp_path, "depth", size)
+
+
+@pytest.mark.parametrize("name", [export.PROGRAM, export.WEIGHTS])
+def test_cut_off_exports(exported, tmp_path, name):
+    for file in exported.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    data = (exported / name).read_bytes()
+    for length in (0, 1, 4, 100, len(data) // 10, len(data) // 2, len(data) - 100, len(data) - 8):
+        (tmp_path / name).write_bytes(data[:length])
+        with pytest.raises(ValueError, match=rf"{name} is damaged.*; export it again"):
+            export.load(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{name} is missing; export it again"):
+        export.load(tmp_path)
+
+
+def test_exports_of_two_models_and_a_broken_description(exported, runs, tmp_path):
+    description = json.loads((exported / export.DESCRIPTION).read_text())
+    for name in (export.PROGRAM, export.WEIGHTS):
+        (tmp_path / name).write_bytes((exported / name).read_bytes())
+    (tmp_path / export.DESCRIPTION).write_text(json.dumps({**description, "sha256": {export.WEIGHTS: "another"}}))
+    with pytest.raises(ValueError, match=r"weights\.npz is damaged, or of another export .*; export it again"):
+        export.load(tmp_path)
+    del description["sha256"]  # as older exports
+    (tmp_path / export.DESCRIPTION).write_text(json.dumps(description))
+    export.load(tmp_path)
+    with np.load(exported / export.WEIGHTS) as file:
+        weights = dict(file)
+    name, array = weights.popitem()
+    for other in (weights, {**weights, name: array[None]}, {**weights, name: array, "more": array}):
+        np.savez(tmp_path / export.WEIGHTS, **other)
+        with pytest.raises(ValueError, match=r"weights\.npz does not fit predict\.jaxexport .*; export it again"):
+            export.load(tmp_path)
+    (tmp_path / export.DESCRIPTION).write_text(json.dumps(description)[:30])
+    with pytest.raises(ValueError, match=r"export\.json is damaged .*; export it again"):
+        export.compare(Predictor.load(runs["depth"]), tmp_path)
+
+
+def test_images_that_an_export_does_not_take(exported):
+    call, images = export.load(exported), np.random.default_rng(0).random((1, 24, 24, 3), np.float32)
+    np.testing.assert_array_equal(call(images)["depth"], call(images.astype(np.float64))["depth"])
+    wrong = [None, "a.jpg", np.uint8(images), images[0], images[:, :8], images[:0], images * 255, images * np.nan]
+    for given in (*wrong, np.ma.array(images, mask=images > 0.5)):
+        with pytest.raises(ValueError, match=r"images must be float32\[batch, 24, 24, 3\] in 0..1.*divide by 255"):
+            call(given)
 
 
 def test_command_line(runs, tmp_path, capsys):

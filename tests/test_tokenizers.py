@@ -157,7 +157,7 @@ def test_a_file_of_masks_does_not_say_their_size(places):
         ("depth", np.ones((1, 16, 16, 1)), "floats in metres"),
         ("depth", np.full((16, 16), np.nan), "set pixels without annotation to 0"),
         ("depth", np.full((16, 16), -1.0), "at least 0"),
-        ("masks", np.full((64, 64), 255, np.uint8), "0..1, got uint8 up to 255"),
+        ("masks", np.full((64, 64), 255, np.uint8), "0..1, got uint8 in 255..255"),
         ("masks", np.full((64, 64), np.nan), "in 0..1"),
         ("masks", np.ones((32, 32)), r"masks must be \[S,S\] .*S = 64, got \(32, 32\)"),
     ],
@@ -214,7 +214,7 @@ def test_two_names_that_are_one_without_prefixes(places, tmp_path):
     weights = read_weights(places / "depth.safetensors")
     twice = {f"{prefix}{name}": array for name, array in weights.items() for prefix in ("", "module.")}
     write_weights(tmp_path / "w.safetensors", twice)
-    with pytest.raises(ValueError, match=r"(?s)w\.safetensors: .* and .* are one name, .*; save one of the two models"):
+    with pytest.raises(ValueError, match=r"(?s)w\.safetensors: .* and .* are one, .*; save one of the two models"):
         DepthTokenizer.load(tmp_path / "w.safetensors")
 
 

@@ -98,7 +98,7 @@ def _decode(
         number, state, run_B, out = carry
         state, (box_4B, _) = jax.lax.scan(coordinate, state, length=CLASS_SLOT)
         state, (class_B, label_logits_BK) = label(state)
-        codes_mB, logits_mBK = jnp.zeros((0, batch), jnp.int32), jnp.zeros((0, batch, codes.size))
+        codes_mB, logits_mBK = jnp.zeros((0, batch), jnp.int32), jnp.zeros((0, batch, codes.size), jnp.float32)
         if mask_tokens:  # for detection the vocabulary may have no codes to choose from
             state, (codes_mB, logits_mBK) = jax.lax.scan(code, state, length=mask_tokens)
         score_B, noise_B = _label(label_logits_BK, class_B, classes.size)
@@ -116,9 +116,9 @@ def _decode(
 
     out = (
         jnp.zeros((num_objects, length, batch), jnp.int32),
-        jnp.zeros((num_objects, batch)),
+        jnp.zeros((num_objects, batch), jnp.float32),
         jnp.ones((num_objects, batch), bool),
-        jnp.zeros((num_objects, mask_tokens, batch, codes.size)),
+        jnp.zeros((num_objects, mask_tokens, batch, codes.size), jnp.float32),
     )
     carry = (jnp.zeros((), jnp.int32), start, jnp.zeros(batch, jnp.int32), out)
     number, _, _, (tokens_NLB, scores_NB, noise_NB, logits_NmBK) = jax.lax.while_loop(unfinished, one_object, carry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,34 @@ import numpy as np
 
 from aitok_jax import tasks
 from aitok_jax.image import fit_square, resize
-from aitok_jax.predict.views import NUM_VIEWS, average_views, model_size, view
+from aitok_jax.predict.views import NUM_VIEWS, average_views, model_size, view, whole_number
 from aitok_jax.tasks import paste
 from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.training import checkpoint
 
 BATCH_SIZE = 4
+_loaded = {"here": False, "before_fork": False}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _loaded.update(before_fork=_loaded["here"]))
+
+
+def check_process() -> None:
+    """RuntimeError in a process forked from one that had loaded a model: JAX's threads are not there, so it would hang.
+
+    A process that is spawned, or that loads a model as the first after the fork, passes.
+    """
+    if _loaded["before_fork"]:
+        raise RuntimeError(
+            "a model was loaded before this process was forked, and JAX does not survive a fork (it would hang): load "
+            "it only in the workers, or start them by 'spawn' (DataLoader: multiprocessing_context='spawn')"
+        )
+    _loaded["here"] = True
+
+
+def check_path(name: str, path: Any) -> None:
+    """ValueError for what is no path."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise ValueError(f"{name}={path!r:.200} must be a path, a str or pathlib.Path")
 
 
 class Predictor:
@@ -41,6 +64,7 @@ class Predictor:
     """
 
     def __init__(self, task: Any, params: Any, model_state: Any, categories: Sequence[Mapping[str, Any]] = ()):
+        check_process()
         self.parts = _parts(task)
         self.tasks = tuple(self.parts)
         self.categories = _categories(self.parts, categories)
@@ -54,8 +78,11 @@ class Predictor:
 
         Raises:
             FileNotFoundError: no checkpoint there.
-            ValueError: a run that does not predict from images, such as a tokenizer's.
+            ValueError: a run that does not predict from images, such as a tokenizer's; no path.
+            RuntimeError: in a process forked after a model was loaded; as by every call.
         """
+        check_path("path", path)
+        check_process()
         config, weights = checkpoint.load_inference(path)
         categories = config.categories if "categories" in config else ()
         return cls(tasks.build(config.task), weights["params"], weights["model_state"], categories)
@@ -103,10 +130,13 @@ class Predictor:
             image, `classes` int32[n], `names` list[str], `scores` float32[n] in 0..1, the probability of the class
             among all classes and the noise label, and, for instances, `masks` bool[n,H,W]. A list of these for a list.
         Raises:
-            ValueError: an image of another type or shape, a task that this model does not do, a score outside 0..1, a
-                batch size below 1, or `augment` for objects.
+            ValueError: an image of another type or shape or with masked pixels, a task that this model does not do, a
+                score outside 0..1, a batch size below 1, or `augment` for objects.
         """
         task = self.choose(task)
+        _check_score(min_score)
+        if not isinstance(augment, (bool, np.bool_)):
+            raise ValueError(f"augment={augment!r} must be True or False")
         images, many = _listed(image)
         if self.parts[task].kind == "maps":
             results = self._maps(self.parts[task], images, augment, batch_size)
@@ -135,17 +165,15 @@ class Predictor:
         Args:
             image_id: of the image, or of each image of the list; None is its place, counted from 0.
         Returns:
-            Dicts ready for JSON: `image_id` as given, `category_id` (see `categories`), `bbox` [x, y, width, height] in
-            pixels of the image, `score` and, for instances, `segmentation` (compressed RLE). Left out are objects whose
-            box is reversed or lies outside the image, and those of a class that is none of the `categories`.
+            Dicts ready for JSON: `image_id` as given (Python's int or str for any library's), `category_id` (see
+            `categories`), `bbox` [x, y, width, height] in pixels of the image, `score` and, for instances,
+            `segmentation` (compressed RLE). Left out are objects whose box is reversed or lies outside the image, and
+            those of a class that is none of the `categories`.
         """
         task = _chosen(task, [name for name, part in self.parts.items() if part.kind == "objects"])
         _check_score(min_score)
         images, many = _listed(image)
-        image_id = range(len(images)) if image_id is None else image_id
-        ids = [image_id] if isinstance(image_id, (int, str)) else list(image_id)
-        if len(ids) != len(images):
-            raise ValueError(f"{len(ids)} values of image_id for {len(images)} images; give one for each, or None")
+        ids = _ids(image_id, len(images))
         part, scales = self.parts[task], {}
 
         def seen(i):
@@ -159,9 +187,8 @@ class Predictor:
             known = (outputs["scores"] >= min_score) & (outputs["classes"] < len(self.categories))
             outputs["valid"] = outputs["valid"] & known
             category_ids = [category["id"] for category in self.categories]
-            found = paste.to_results(outputs, 0, category_ids, scales[i], images[i].shape[:2])
-            found.sort(key=lambda result: -result["score"])
-            results[i] = [{**result, "image_id": ids[i]} for result in found]
+            found = paste.to_results(outputs, ids[i], category_ids, scales[i], images[i].shape[:2])
+            results[i] = sorted(found, key=lambda result: -result["score"])
         return results if many else results[0]
 
     def _maps(
@@ -193,13 +220,18 @@ class Predictor:
     def _outputs(
         self, part: Any, sizes: Sequence[Any], seen: Callable[[int], np.ndarray], batch_size: int
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """(i, what the model says of `seen(i)`) for every image; those of one size come after each other."""
+        """(i, what the model says of `seen(i)`) for every image; those of one size come after each other.
+
+        JAX's 64-bit mode is off: what the model was trained with is 32 bits wide.
+        """
+        check_process()
         predict = compiled_predict(part)
         for indices, rows in plan_batches(sizes, batch_size):
             images = np.stack([seen(i) for i in indices])
             images = np.pad(images, ((0, rows - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
             # one seed for all, so that sampling does not depend on an image's place in the batch
-            outputs = predict(*self.weights, {"image": images, "id": np.zeros(rows, np.int32)})
+            with jax.enable_x64(False):
+                outputs = predict(*self.weights, {"image": images, "id": np.zeros(rows, np.int32)})
             outputs = {name: np.asarray(values) for name, values in outputs.items()}
             for row, i in enumerate(indices):
                 yield i, {name: values[row].copy() for name, values in outputs.items()}
@@ -211,10 +243,9 @@ def plan_batches(sizes: Sequence[Any], batch_size: int) -> list[tuple[list[int],
     The rows are `batch_size` or, for what is left of a size where that is at most half a batch, 1.
 
     Raises:
-        ValueError: `batch_size` is below 1.
+        ValueError: `batch_size` is no whole number or below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    batch_size = whole_number("batch_size", batch_size)
     groups: dict[Any, list[int]] = {}
     for i, size in enumerate(sizes):
         groups.setdefault(size, []).append(i)
@@ -239,6 +270,7 @@ def _arrays(
 def _parts(task: Any) -> dict[str, Any]:
     """What a model can be asked for, maps first, and the part that predicts it."""
     parts = sorted(task.parts.values(), key=lambda part: part.kind)
+    parts = [dataclasses.replace(part, blend=True) if part.kind == "maps" and part.answers else part for part in parts]
     answers = {answer: part for part in parts for answer in part.answers}
     if not answers:
         raise ValueError(f"a run of {', '.join(task.parts)} does not predict from images; load that of a solver")
@@ -248,20 +280,43 @@ def _parts(task: Any) -> dict[str, Any]:
 def _chosen(task: str | None, known: Sequence[str]) -> str:
     if not known:
         raise ValueError("this model predicts no objects; load a run of instances, detection or a joint one")
-    if task is not None and task not in known:
+    if task is None:
+        return known[0]
+    if not isinstance(task, str) or task not in known:
         raise ValueError(f"task={task!r} is not among what this model can be asked for: {', '.join(map(repr, known))}")
-    return task or known[0]
+    return str(task)
 
 
 def _categories(parts: Mapping[str, Any], given: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
     if "detection" not in parts:
         return []
     count = parts["detection"].vocabulary.num_classes
-    if not len(given):
+    if given is None or not len(given):
         return [{"id": i + 1, "name": f"class {i}"} for i in range(count)]
     if len(given) > count:
         raise ValueError(f"{len(given)} categories, but the model knows {count} classes; give those it was trained for")
-    return [{"id": int(category["id"]), "name": str(category["name"])} for category in given]
+    for category in given:
+        if not isinstance(category, Mapping) or not {"id", "name"} <= set(category):
+            raise ValueError(f"category {category!r} must be a dict with 'id' (a whole number) and 'name'")
+    ids = [whole_number("a category's id", category["id"], None) for category in given]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"two categories have one id in {ids}; give each its own")
+    return [{"id": i, "name": str(category["name"])} for i, category in zip(ids, given, strict=True)]
+
+
+def _ids(image_id: Any, count: int) -> list[int | str]:
+    """An id for each of `count` images, as plain Python values; ValueError where they are none or not so many."""
+    if image_id is None:
+        return list(range(count))
+    if isinstance(image_id, (set, frozenset, Mapping)):
+        raise ValueError(f"image_id={image_id!r:.200} has no order; give a list with an id for each image")
+    try:
+        ids = [image_id] if isinstance(image_id, (str, bytes)) else list(image_id)
+    except TypeError:  # a scalar
+        ids = [image_id]
+    if len(ids) != count:
+        raise ValueError(f"{len(ids)} values of image_id for {count} images; give one for each, or None")
+    return [paste.plain_id(one) for one in ids]
 
 
 def _listed(image: Any) -> tuple[Sequence[np.ndarray], bool]:
@@ -274,15 +329,24 @@ def _listed(image: Any) -> tuple[Sequence[np.ndarray], bool]:
 
 
 def _check_score(min_score: float) -> None:
-    if not 0 <= min_score <= 1:
-        raise ValueError(f"min_score={min_score} must be in 0..1; 0 keeps all objects")
+    number = isinstance(min_score, (int, float, np.integer, np.floating)) and not isinstance(min_score, bool)
+    if not number or not 0 <= min_score <= 1:
+        raise ValueError(f"min_score={min_score!r:.200} must be in 0..1; 0 keeps all objects")
 
 
 def _check_image(image: np.ndarray) -> None:
     if not isinstance(image, np.ndarray):
-        kind = type(image).__name__
-        raise ValueError(f"image must be a NumPy array uint8[H, W, 3] (RGB) or a list of them, got {kind}")
+        given = repr(image) if isinstance(image, (str, os.PathLike, type(None))) else type(image).__name__
+        raise ValueError(
+            f"image must be a NumPy array uint8[H, W, 3] (RGB) or a list of them, got {given:.200}; "
+            "aitok_jax.image.read_image reads a file, np.asarray(image) converts a picture or a tensor"
+        )
     if image.dtype != np.uint8:
-        raise ValueError(f"image must be uint8 with values 0..255, got {image.dtype}; convert it to uint8")
+        raise ValueError(
+            f"image must be uint8 with values 0..255, got {image.dtype}; convert it to uint8 "
+            "(of floats in 0..1: np.uint8(255 * image + 0.5))"
+        )
+    if np.ma.is_masked(image):
+        raise ValueError("image has masked pixels, and a model sees all of them; give image.filled(0), or crop it")
     if image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"image must be RGB [H, W, 3], got shape {image.shape}; pass several images as a list")

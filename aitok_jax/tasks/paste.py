@@ -1,5 +1,6 @@
 """Predicted objects back on the image: masks pasted into their boxes, and COCO results. NumPy."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def paste_masks(masks_NSS: np.ndarray, boxes_N4: np.ndarray, height: int, width:
 
 def to_results(
     outputs: Mapping[str, np.ndarray],
-    image_id: int,
+    image_id: int | str,
     category_ids: Sequence[int],
     scale: np.ndarray,
     original_size: Sequence[int],
@@ -42,12 +43,13 @@ def to_results(
     """The predicted objects of one image as COCO results in pixels of the original image.
 
     Masks are pasted into the box as predicted; then box and mask are cut at the image's border. Objects that are not
-    `valid` and boxes that are reversed, without area inside the image, or not finite are left out.
+    `valid`, boxes that are reversed, without area inside the image, or not finite, and scores that are not finite (JSON
+    has none) are left out.
 
     Args:
         outputs: one row of a task's prediction: `boxes` f32[N,4] x1 y1 x2 y2 in pixels of the resized image, `classes`
             int[N], `scores` f32[N], `valid` bool[N]; `masks` f32[N,S,S] where the task predicts them.
-        image_id: COCO's id of the image.
+        image_id: COCO's id of the image, an int or str of any library.
         category_ids: COCO's category id of each class.
         scale: f32[2], the factors of x and y from the original to the resized image.
         original_size: height and width of the original image.
@@ -55,15 +57,16 @@ def to_results(
         Dicts ready for JSON, in the order of the rows: image_id, category_id, bbox [x, y, width, height], score and,
         with masks, segmentation (compressed RLE).
     Raises:
-        ValueError: a valid object's class has no category, or shapes do not fit.
+        ValueError: a valid object's class has no category, shapes do not fit, or an id is neither int nor str.
     """
+    image_id = plain_id(image_id)
     height, width = (int(length) for length in original_size)
     boxes_N4 = np.asarray(outputs["boxes"], np.float32) / np.tile(np.asarray(scale, np.float32), 2)[None]
     masks_NSS = np.asarray(outputs["masks"]) if "masks" in outputs else None
     if masks_NSS is not None:
         _check(masks_NSS, boxes_N4, height, width)
     clipped_N4 = np.clip(boxes_N4, 0, np.array([[width, height, width, height]], np.float32))
-    finite = np.isfinite(boxes_N4).all(axis=1)
+    finite = np.isfinite(boxes_N4).all(axis=1) & np.isfinite(outputs["scores"])
     keep = np.asarray(outputs["valid"], bool) & finite & (clipped_N4[:, :2] < clipped_N4[:, 2:]).all(axis=1)
     results = []
     for row in np.flatnonzero(keep):
@@ -75,7 +78,7 @@ def to_results(
             )
         x1, y1, x2, y2 = (float(v) for v in clipped_N4[row])
         result = {
-            "image_id": int(image_id),
+            "image_id": image_id,
             "category_id": int(category_ids[label]),
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": float(outputs["scores"][row]),
@@ -84,6 +87,15 @@ def to_results(
             result["segmentation"] = paste_rle(masks_NSS[row], boxes_N4[row], height, width)
         results.append(result)
     return results
+
+
+def plain_id(value: Any) -> int | str:
+    """An id, an int or a str of any library (np.int64, np.str_, ...), as Python's own, which JSON can hold."""
+    none = isinstance(value, (bool, np.bool_)) or np.ma.is_masked(value)
+    try:
+        return str(value) if isinstance(value, str) else operator.index(None if none else value)
+    except TypeError as error:
+        raise ValueError(f"image_id={value!r:.200} must be a whole number or a text, one for each image") from error
 
 
 def from_results(
