@@ -84,6 +84,30 @@ def test_broken_annotations_count_too(tmp_path):
     assert "annotation 6: broken mask" in (prepared.find(tmp_path / "out", "coco") / "broken.txt").read_text()
 
 
+def test_broken_images_of_annotations_count_with_theirs(tmp_path):
+    """Numbers as text are prepared as numbers, and names of Windows as those of the files."""
+    annotations = [coco_files.annotation(i, i) for i in range(1, 9)]
+    images, path = coco_files.write(tmp_path, annotations, images=8)
+    content = json.loads(path.read_text())
+    content["images"][0] |= {"height": None}
+    content["images"][1] |= {"id": "2", "width": 40.0, "file_name": r"a\b.jpg"}
+    content["annotations"][1] |= {"area": 0, "id": "2", "segmentation": content["annotations"][1]["segmentation"][0]}
+    path.write_text(json.dumps(content))
+    (images / "a").mkdir()
+    (images / "000000000002.jpg").rename(images / "a/b.jpg")
+    given = ("folder", images, tmp_path / "out", f"--annotations={path}", "--test_share=0.4")
+    assert "2 broken, more than the 0 allowed" in fails(*given)
+    command(*given, "--max_broken=2")
+    folder = prepared.find(tmp_path / "out", "coco")
+    image, annotation = (folder / "broken.txt").read_text().splitlines()
+    assert image.endswith("image 1: its height=None must be a whole number of pixels, at least 1")
+    assert annotation.endswith("annotation 1: its image_id=1 is of an image that is left out")
+    parts = [prepared.PreparedCoco(folder, split) for split in ("train", "test")]
+    assert sorted(name for part in parts for name in part.names) == [*(f"{i:012}.jpg" for i in range(3, 9)), "a/b.jpg"]
+    (entry,) = [part.coco.anns[2] for part in parts if 2 in part.coco.anns]
+    assert (entry["id"], entry["image_id"], entry["area"]) == (2, 2, 120.0)
+
+
 def test_splits_where_all_is_broken(tmp_path):
     """Each image of the split to evaluate on, or each annotation, is broken; the writer of records is never reached."""
     write_coco(tmp_path / "raw")

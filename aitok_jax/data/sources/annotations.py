@@ -223,7 +223,7 @@ def _image_reader(folder: Path) -> Callable[[Any], None]:
             _replace(entry, name, _side, "a whole number of pixels, at least 1")
         if entry["height"] * entry["width"] > bound:
             size = f"its height={entry['height']} and width={entry['width']} are more than {bound} pixels"
-            raise Wrong("size of too many pixels", f"{size}; make the image smaller")
+            raise Wrong("size of too many pixels", f"{size} (AITOK_MAX_PIXELS)")
         entry["file_name"] = _file_name(entry["file_name"], folder)
 
     return read
