@@ -21,6 +21,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from aitok_jax import config as configuration
+from aitok_jax import paths
 from aitok_jax.config import format_workdir, ordered, stage_order
 from aitok_jax.parallel import processes
 from aitok_jax.training import checkpoint, lock, loop, preemption, run_dir, setup
@@ -38,7 +39,7 @@ def run(config: ConfigDict | Mapping, workdir: str | Path, mode: str = "train") 
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} must be one of {tuple(MODES)}")
-    config = ordered(config)
+    config, workdir = ordered(config), paths.expand(workdir) if str(workdir).strip() else workdir
     if "stages" not in config:
         return MODES[mode](format_workdir(config, str(workdir)), workdir)
     for stage in config.stages.values():

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from aitok_jax import paths
 from aitok_jax.config import unknown
 from aitok_jax.data import map_transforms, object_transforms
 from aitok_jax.data.pipeline import Source, Transform
@@ -22,8 +23,8 @@ _MAPS = "modality depth_scale train_list test_list train_subfolder test_subfolde
 KEYS = {
     "nyu": (*_COMMON.split(), *_MAPS.split()),
     "coco": (*_COMMON.split(), *_FILES.split(), "size", "num_objects", "jitter", "order"),
-    "coco_masks": (*_COMMON.split(), *_FILES.split()),
 }
+KEYS["coco_masks"] = KEYS["coco"]
 """What `config.data` may have, by its name."""
 
 
@@ -144,7 +145,7 @@ def _coco_sources(
         places = ("train",), ("test",)
     else:
         _render(config, format="coco")
-        root, source = Path(config.root), functools.partial(coco.CocoSource, **options)
+        root, source = paths.expand(config.root), functools.partial(coco.CocoSource, **options)
         places = (
             (root / config.train_images, root / config.train_annotations),
             (root / config.test_images, root / config.test_annotations),
@@ -176,7 +177,7 @@ def _find(config: Any, root: str) -> Path | None:
     """Prepared data of the configuration's kind; of maps, those of one modality can be."""
     if config.name == "nyu" and config.modality != prepared.MODALITY.name:
         return None
-    return prepared.find(root, "nyu" if config.name == "nyu" else "coco")
+    return prepared.find(paths.expand(root), "nyu" if config.name == "nyu" else "coco")
 
 
 def _render(config: Any, **defaults: Any) -> None:
@@ -184,4 +185,4 @@ def _render(config: Any, **defaults: Any) -> None:
     if config.render:
         from aitok_jax.data import scenes
 
-        scenes.ensure(config.root, **{"workers": os.cpu_count() or 1, **defaults, **config.render})
+        scenes.ensure(paths.expand(config.root), **{"workers": os.cpu_count() or 1, **defaults, **config.render})

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from aitok_jax import paths
 from aitok_jax.config import flatten, to_json, translated
 from aitok_jax.training import checksums
 from aitok_jax.training.state import TrainState
@@ -286,7 +287,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def locate(path: str | Path) -> Path:
     """`path`, or where the weights that come with the package are for 'builtin' (a folder of yours is './builtin')."""
-    return Path(__file__).parents[1] / BUILTIN if str(path) == BUILTIN else Path(path)
+    return Path(__file__).parents[1] / BUILTIN if str(path) == BUILTIN else paths.expand(path)
 
 
 def load_inference(path: str | Path, step: int | None = None) -> tuple[ConfigDict, dict[str, Any]]:

@@ -20,6 +20,7 @@ from aitok_jax.data.sources import nyu
 from aitok_jax.predict.__main__ import main
 from aitok_jax.predict.outputs import Results, find_images
 from aitok_jax.tasks.modalities import Depth
+from aitok_jax.training import checkpoint
 
 MILLIMETRES = np.full((6, 8), 1500, np.uint16)
 
@@ -88,6 +89,7 @@ def test_home(tmp_path, monkeypatch, predict):
     monkeypatch.setenv("HOME", str(tmp_path))
     put_pair(tmp_path / "frames", 1)
     assert len(nyu.NyuSource(Depth(), "~/frames")) == 1
+    assert checkpoint.locate("~/run") == tmp_path / "run"
     assert predict("--image=~/frames/rgb_1.jpg", "--out=~/out") == 0
     assert (tmp_path / "out" / "rgb_1_depth.npy").exists()
 
