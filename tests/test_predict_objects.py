@@ -18,6 +18,7 @@ from tiny_runs import CATEGORIES
 from aitok_jax import tasks, visualize
 from aitok_jax.data import object_transforms
 from aitok_jax.predict.__main__ import main
+from aitok_jax.predict.outputs import Results
 from aitok_jax.predict.predictor import Predictor
 from aitok_jax.tasks import paste
 from aitok_jax.tasks.base import compiled_predict
@@ -261,7 +262,7 @@ def test_objects_on_the_command_line(runs, tmp_path, kind, task):
     given = [f"--task={task}"] if task else []
     assert main([f"--checkpoint={runs / kind}", *given, "--image", *images, f"--out={tmp_path / 'out'}"]) == 0
     names = {f"{stem}_{kind}" for stem in ("room", "long") for kind in ("instances.json", "panel.png")}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {Results.INDEX}
     results = json.loads((tmp_path / "out" / "room_instances.json").read_text())
     assert results == Predictor.load(runs / kind).coco_results(picture(45, 80), task, image_id="room")
     assert all(("segmentation" in result) == (kind == "instances") for result in results)
