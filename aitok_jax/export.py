@@ -30,9 +30,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import aitok_jax
+from aitok_jax import paths
 from aitok_jax.image import IMAGENET_MEAN
-from aitok_jax.predict.predictor import Predictor, check_path, check_process
-from aitok_jax.predict.views import model_size, whole_number
+from aitok_jax.predict.predictor import Predictor
+from aitok_jax.predict.views import model_size
+from aitok_jax.tasks.arguments import check_path, check_process, whole_number
 from aitok_jax.tasks.base import compiled_predict
 
 PROGRAM, WEIGHTS, DESCRIPTION = "predict.jaxexport", "weights.npz", "export.json"
@@ -83,11 +85,12 @@ def export(
     description = _description(predictor, task, program, images)
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PROGRAM).write_bytes(program.serialize())
-    np.savez(folder / WEIGHTS, **weights)
+    with paths.writing(folder / PROGRAM) as file:
+        file.write(program.serialize())
+    with paths.writing(folder / WEIGHTS) as file:
+        np.savez(file, **weights)
     description["sha256"] = {name: _sha256((folder / name).read_bytes()) for name in (PROGRAM, WEIGHTS)}
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    paths.write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     return description
 
 

@@ -24,8 +24,7 @@ from ml_collections import ConfigDict
 from aitok_jax import tasks
 from aitok_jax.convert import published, rules, weight_files
 from aitok_jax.models.vqvae import VQVAE
-from aitok_jax.predict.predictor import check_path, check_process
-from aitok_jax.predict.views import whole_number
+from aitok_jax.tasks.arguments import check_path, check_process, whole_number
 from aitok_jax.tasks.modalities.depth import Depth
 from aitok_jax.tasks.tokenizer import MapTokenizer
 from aitok_jax.training import checkpoint

@@ -203,6 +203,13 @@ def test_stopping_and_going_on_gives_the_same_bits(toy, tmp_path, monkeypatch, h
         assert _lines(parts) == _lines(whole)
 
 
+def test_64_bit_mode_changes_nothing(toy, tmp_path):
+    with jax.enable_x64(True):
+        loop.train(_config(), tmp_path / "wide")
+        assert loop.evaluate(_config(), tmp_path / "wide") == loop.train(_config(), tmp_path / "usual")
+    _assert_same_bits(_state(tmp_path / "wide"), _state(tmp_path / "usual"))
+
+
 def test_a_run_does_not_go_on_with_other_data(toy, tmp_path):
     config = _config(train_steps=4, optim__schedule={"name": "constant"})
     loop.train(config, tmp_path)

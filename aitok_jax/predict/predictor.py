@@ -13,34 +13,13 @@ import numpy as np
 
 from aitok_jax import tasks
 from aitok_jax.image import fit_square, resize
-from aitok_jax.predict.views import NUM_VIEWS, average_views, model_size, view, whole_number
+from aitok_jax.predict.views import NUM_VIEWS, average_views, model_size, view
 from aitok_jax.tasks import paste
+from aitok_jax.tasks.arguments import check_path, check_process, whole_number
 from aitok_jax.tasks.base import compiled_predict
 from aitok_jax.training import checkpoint
 
 BATCH_SIZE = 4
-_loaded = {"here": False, "before_fork": False}
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _loaded.update(before_fork=_loaded["here"]))
-
-
-def check_process() -> None:
-    """RuntimeError in a process forked from one that had loaded a model: JAX's threads are not there, so it would hang.
-
-    A process that is spawned, or that loads a model as the first after the fork, passes.
-    """
-    if _loaded["before_fork"]:
-        raise RuntimeError(
-            "a model was loaded before this process was forked, and JAX does not survive a fork (it would hang): load "
-            "it only in the workers, or start them by 'spawn' (DataLoader: multiprocessing_context='spawn')"
-        )
-    _loaded["here"] = True
-
-
-def check_path(name: str, path: Any) -> None:
-    """ValueError for what is no path."""
-    if not isinstance(path, (str, os.PathLike)) or not str(path):
-        raise ValueError(f"{name}={path!r:.200} must be a path, a str or pathlib.Path")
 
 
 class Predictor:

@@ -1,12 +1,11 @@
 """The scale at which a model sees an image, and enlarged views of it for test-time augmentation."""
 
-import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from aitok_jax.image import resize
+from aitok_jax.tasks.arguments import whole_number
 from aitok_jax.tasks.modalities import Modality
 
 ASPECT_STEPS = 15  # 32 px at image_size 480
@@ -25,18 +24,6 @@ def model_size(height: int, width: int, image_size: int) -> tuple[int, int]:
         raise ValueError(f"a {height}x{width} image is longer than {MAX_ASPECT} times its short side; crop it")
     model_long = round(image_size * round(ASPECT_STEPS * long / short) / ASPECT_STEPS)
     return (image_size, model_long) if height <= width else (model_long, image_size)
-
-
-def whole_number(name: str, value: Any, least: int | None = 1) -> int:
-    """A whole number of any library as Python's; ValueError for what is none, or below `least`."""
-    try:
-        number = None if isinstance(value, (bool, np.bool_)) or np.ma.is_masked(value) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or (least is not None and number < least):
-        at_least = "" if least is None else f", at least {least}"
-        raise ValueError(f"{name}={value!r:.200} must be a whole number{at_least}")
-    return number
 
 
 def view(image: np.ndarray, number: int, height: int, width: int) -> np.ndarray:

@@ -49,7 +49,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       OSError: the directory cannot be written to, or no checkpoint in it can be read.
       preemption.Stopped: a signal came; the state is saved.
     """
-    with lock.held(workdir):
+    with lock.held(workdir), jax.enable_x64(False):
         return _train(config, workdir)
 
 
@@ -84,7 +84,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     Raises:
       ValueError: the configuration is of another model than the run.
     """
-    with lock.held(workdir):
+    with lock.held(workdir), jax.enable_x64(False):
         return _evaluate_run(config, workdir)
 
 

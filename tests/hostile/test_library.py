@@ -20,8 +20,9 @@ import tiny_runs
 from aitok_jax import export, tasks
 from aitok_jax.models.decode_objects import decode_objects
 from aitok_jax.models.vqvae import VQVAE
-from aitok_jax.predict.predictor import Predictor, check_process
+from aitok_jax.predict.predictor import Predictor
 from aitok_jax.tasks import paste
+from aitok_jax.tasks.arguments import check_process
 from aitok_jax.tokenizers import DepthTokenizer, MaskTokenizer, parse_text, write_text
 
 ROOT = Path(__file__).parents[2]
