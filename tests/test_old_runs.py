@@ -5,7 +5,10 @@ What that version said and went on to log, on one device, lies beside them; here
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -80,6 +83,24 @@ def folder(tmp_path_factory):
     config = json.loads((RUNS / "depth" / "config.json").read_text())
     scenes.ensure(folder / "scenes", **config["data"]["render"], workers=1)
     return folder
+
+
+def test_an_evaluation_is_of_the_runs_own_model(folder, tmp_path):
+    """Another width, and in a process of its own another task."""
+    run = shutil.copytree(RUNS / "depth", tmp_path / "run")
+    (run / "metrics.json").write_text("{}")
+    config = ordered(moved(json.loads((run / "config.json").read_text()), folder))
+    config.task.backbone.embed_dim *= 2
+    with pytest.raises(ValueError, match=r"run does not fit this configuration:\n  params/backbone/.* in"):
+        loop.evaluate(ConfigDict(config).lock(), run)
+    words = ["--config=configs/vqvae_mask.py", f"--workdir={run}", "--mode=eval"]
+    command = [sys.executable, "-m", "aitok_jax.main", *words]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert re.match(r"error: .*run is a run of depth \(depth\), but the configuration is of", said)
+    assert "Traceback" not in done.stderr
+    assert (run / "metrics.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("run", ["tokenizer", "depth", "joint"])

@@ -14,8 +14,9 @@ from hostile import mutate_images, tries
 from PIL import Image, PngImagePlugin
 
 from aitok_jax import image as images
+from aitok_jax.data.preparation import map_pairs
 from aitok_jax.data.sources import coco, nyu
-from aitok_jax.data.sources.files import DataError
+from aitok_jax.data.sources.files import DataError, File, decode_image
 from aitok_jax.image import ImageError, read_image
 from aitok_jax.predict.__main__ import _read
 from aitok_jax.tasks.modalities import Depth, depth_files
@@ -73,7 +74,9 @@ def test_every_orientation_in_training_preparation_and_prediction(kind, orientat
         )
     )
     (predicted,) = next(_read([path], "maps", 1, [], None)).values()
+    prepared, _ = map_pairs.load({"image": path, "depth": tmp_path / "sync_depth_1.png", "scale": 0.0})
     readings = [
+        decode_image(File("a record", prepared["image"])),  # as `sources.prepared` reads it
         nyu.NyuSource(Depth(), tmp_path).read(0)["image"],
         coco.CocoSource(tmp_path, instances, masks=False).read(0)["image"],
         predicted,

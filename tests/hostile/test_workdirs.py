@@ -158,22 +158,36 @@ def test_an_evaluation_is_of_the_runs_own_model():
     checkpoint.check_same_parts(saved, ConfigDict(saved), Path("RUN"))
 
 
+LOG = """
+import sys, time
+from aitok_jax.training import run_dir
+start, stop = map(int, sys.argv[2:])
+folder = run_dir.RunDir(sys.argv[1])
+with folder.logging(start, 1):
+    for step in range(start + 1, stop + 1):
+        folder.training(step, {"loss": 10.0 * start + step})
+    folder._events.flush()
+    print("logged", flush=True)
+    time.sleep(0 if start else 60)
+"""
+
+
 def test_tensorboard_shows_no_step_twice(tmp_path):
     import tensorflow as tf
 
-    def log(start, stop, killed):
-        folder = run_dir.RunDir(tmp_path)
-        with folder.logging(start, 1):
-            for step in range(start + 1, stop + 1):
-                folder.training(step, {"loss": 10.0 * start + step})
-            folder._events.flush()
-        if killed:  # in the middle of an event
-            file = max(tmp_path.glob("events.*"), key=lambda path: path.stat().st_mtime_ns)
-            file.write_bytes(file.read_bytes()[:-7])
-        time.sleep(1.1)  # files are named by the second
+    def start(*steps):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", LOG, str(tmp_path), *map(str, steps)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+        assert process.stdout.readline() == b"logged\n"
+        return process
 
-    log(0, 6, killed=True)
-    log(4, 9, killed=False)
+    first = start(0, 6)
+    first.kill()
+    first.wait()
+    (file,) = tmp_path.glob("events.*")
+    file.write_bytes(file.read_bytes()[:-7])  # in the middle of an event
+    assert start(4, 9).wait() == 0
     seen = []
     for file in sorted(tmp_path.glob("events.*")):
         for record in tf.compat.v1.io.tf_record_iterator(str(file)):
