@@ -6,7 +6,6 @@
 The first tries so many and prints what became of them; the second gives one of them.
 """
 
-import argparse
 import copy
 import functools
 import json
@@ -271,22 +270,5 @@ sound()
 read(Path(FOLDER.name) / "instances.json")  # what it imports is no deed of a hostile one
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=5000, help="how many files")
-    parser.add_argument("--first", type=int, default=0, help="index of the first")
-    parser.add_argument("--show", type=int, default=None, help="write the file of this index to stdout")
-    options = parser.parse_args()
-    if options.show is not None:
-        sys.stdout.buffer.write(make(options.show)[1])
-        return 0
-    tried = tries.run("hostile.mutate_annotations", options.count, options.first)
-    print(tries.table(tried))
-    wrong = [one for one in tried if one.verdict in tries.WRONG]
-    for one in wrong[:20]:
-        print(one)
-    return 1 if wrong else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tries.main("hostile.mutate_annotations", 5000))

@@ -1,16 +1,17 @@
 """Images and depth maps made to harm: mutations of good ones, the same for the same index.
 
     PYTHONPATH=.:tests python -m hostile.mutate_images --count=5000 [--first=0]
+    PYTHONPATH=.:tests python -m hostile.mutate_images --show=17 > image
 
-tries so many, as an image and as a depth map, and prints what became of them.
+The first tries so many, as an image and as a depth map, and prints what became of them; the second gives one of them.
 """
 
-import argparse
 import encodings.cp437  # noqa: F401  imported while a file is read, these would count as executed
 import functools
 import io
 import random
 import struct
+import sys
 import unicodedata  # noqa: F401
 import zlib
 from pathlib import Path
@@ -125,17 +126,5 @@ def _with_checksums(content: bytes) -> bytes:
     return bytes(out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Tries mutated images and depth maps.")
-    parser.add_argument("--count", type=int, default=5000)
-    parser.add_argument("--first", type=int, default=0)
-    options = parser.parse_args()
-    tried = tries.run("hostile.mutate_images", options.count, options.first)
-    print(tries.table(tried))
-    for one in tried:
-        if one.verdict in tries.WRONG:
-            print(one)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(tries.main("hostile.mutate_images", 5000))

@@ -5,6 +5,7 @@ the file was read; it is refused otherwise, and any exception is wrong. What is 
 executed, so the module imports it. See mutate_weights.py.
 """
 
+import argparse
 import collections
 import dataclasses
 import importlib
@@ -63,6 +64,24 @@ def table(tries: Iterable[Try]) -> str:
         rows.append((kind, len(group), *(counts[v] for v in ("read", "refused", *WRONG)), *limits_met))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(" ".join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def main(module: str, count: int) -> int:
+    """The command line of a module of files: tries many, or shows one. The exit code is 1 where something is wrong."""
+    parser = argparse.ArgumentParser(description="Tries hostile files.")
+    parser.add_argument("--count", type=int, default=count, help="how many files (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="index of the first")
+    parser.add_argument("--show", type=int, default=None, help="write the file of this index to stdout")
+    options = parser.parse_args()
+    if options.show is not None:
+        sys.stdout.buffer.write(importlib.import_module(module).make(options.show)[1])
+        return 0
+    tried = run(module, options.count, options.first)
+    print(table(tried))
+    wrong = [one for one in tried if one.verdict in WRONG]
+    for one in wrong[:20]:
+        print(one)
+    return 1 if wrong else 0
 
 
 def _one_process(module: str, first: int, stop: int, seconds: int, memory: int) -> list[Try]:
