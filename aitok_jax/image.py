@@ -2,7 +2,6 @@
 
 import io
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,7 @@ IMAGENET_MEAN = np.array((123.675, 116.28, 103.53), np.float32) / 255
 """Mean RGB in 0..1; what images are filled up with, since it is exactly 0 once normalised."""
 IMAGENET_STD = np.array((58.395, 57.12, 57.375), np.float32) / 255
 _BOUND = "AITOK_MAX_PIXELS"
-MAX_PIXELS = int(os.environ.get(_BOUND, "100000000"))
-if _BOUND in os.environ:
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow has a bound of its own
+_MAX_PIXELS = 100_000_000
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,7 +39,7 @@ def read_image(file: str | Path | bytes) -> np.ndarray:
         file: its path, or its bytes.
     Raises:
         OSError: no such file, or no right to read it.
-        ImageError: a broken file, values that are no colours, or more pixels than MAX_PIXELS.
+        ImageError: a broken file, values that are no colours, or more pixels than `max_pixels`.
     """
     image = open_image(file)
     if image.mode == "F" or is_16_bit_grey(image):
@@ -58,11 +55,11 @@ def read_image(file: str | Path | bytes) -> np.ndarray:
 
 def open_image(file: str | Path | bytes) -> Image.Image:
     """A decoded image in its own mode, turned as its EXIF orientation says; arguments and errors of `read_image`."""
+    if max_pixels() > _MAX_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels()  # Pillow has a bound of its own
     with open(file, "rb") if isinstance(file, str | Path) else io.BytesIO(file) as stream:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(stream)
+            image = Image.open(stream)
             _check_size(*image.size)
             image.load()
         except ImageError:
@@ -83,10 +80,18 @@ def is_16_bit_grey(image: Image.Image) -> bool:
     return image.mode == "I" or image.mode.startswith("I;16")
 
 
+def max_pixels() -> int:
+    """Of an image that is read: 100 million, or AITOK_MAX_PIXELS in the environment; ValueError for no number there."""
+    text = os.environ.get(_BOUND, str(_MAX_PIXELS))
+    if not text.isdecimal():
+        raise ValueError(f"{_BOUND}={text!r} in the environment must be a whole number of pixels")
+    return int(text)
+
+
 def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+    if width * height > (most := max_pixels()):
         raise ImageError(
-            f"{width} x {height} pixels are more than the {MAX_PIXELS} that are read at once; make the image smaller, "
+            f"{width} x {height} pixels are more than the {most} that are read at once; make the image smaller, "
             f"or raise the bound by {_BOUND}={width * height} in the environment"
         )
 

@@ -81,7 +81,7 @@ def writing(target: str | Path) -> Iterator[BinaryIO]:
     Folders are made. Raises OSError with the name of `target`.
     """
     target = expand(target)
-    part = target.with_name(f"{target.name}.part")
+    part = target.with_name(f".{target.name}.aitok_part")  # a name that no file of the user's has
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
@@ -91,7 +91,7 @@ def writing(target: str | Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             part.unlink()
         if isinstance(error, OSError):
-            raise OSError(error.errno, f"{error.strerror}: it was not written", str(target)) from error
+            raise OSError(error.errno, f"{error.strerror or error}: it was not written", str(target)) from error
         raise
 
 

@@ -203,11 +203,22 @@ def test_stopping_and_going_on_gives_the_same_bits(toy, tmp_path, monkeypatch, h
         assert _lines(parts) == _lines(whole)
 
 
-def test_64_bit_mode_changes_nothing(toy, tmp_path):
+def test_64_bit_mode_changes_nothing(toy, tmp_path, monkeypatch):
+    seen = []
+    for module, name in ((loop, "_compile"), (loop.evaluators, "evaluate")):
+        function = getattr(module, name)
+
+        def wrapped(*args, function=function, name=name, **options):
+            seen.append((name, str(jnp.arange(1.0).dtype)))
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, wrapped)
     with jax.enable_x64(True):
         loop.train(_config(), tmp_path / "wide")
         assert loop.evaluate(_config(), tmp_path / "wide") == loop.train(_config(), tmp_path / "usual")
     _assert_same_bits(_state(tmp_path / "wide"), _state(tmp_path / "usual"))
+    assert [name for name, _ in seen] == ["_compile", "evaluate", "evaluate", "_compile", "evaluate"]
+    assert {dtype for _, dtype in seen} == {"float32"}
 
 
 def test_a_run_does_not_go_on_with_other_data(toy, tmp_path):

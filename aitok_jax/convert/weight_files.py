@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from aitok_jax import paths
 from aitok_jax.convert import torch_file, weight_sets
 from aitok_jax.convert.torch_file import WeightFileError
 
@@ -177,16 +178,14 @@ def write_weights(path: str | Path, arrays: Mapping[str, np.ndarray], wrapper: s
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise ValueError(f"{path}: the suffix must be .safetensors, .pt or .pth")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    if path.suffix == ".safetensors":
-        _write_safetensors(part, arrays)
-    else:
-        _write_torch(part, arrays, wrapper)
-    part.replace(path)
+    with paths.writing(path) as file:
+        if path.suffix == ".safetensors":
+            _write_safetensors(file, arrays)
+        else:
+            _write_torch(file, arrays, wrapper)
 
 
-def _write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _write_safetensors(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
     ordered = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # keeps all of them aligned
     header, end = {}, 0
     for name, array in ordered:
@@ -196,13 +195,12 @@ def _write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         header[name] = {"dtype": CODES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, array in ordered:
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for _, array in ordered:
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def _write_torch(path: Path, arrays: Mapping[str, np.ndarray], wrapper: str) -> None:
+def _write_torch(file: BinaryIO, arrays: Mapping[str, np.ndarray], wrapper: str) -> None:
     try:
         import torch
     except ImportError as error:
@@ -214,4 +212,4 @@ def _write_torch(path: Path, arrays: Mapping[str, np.ndarray], wrapper: str) -> 
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    torch.save({wrapper: {name: tensor(array) for name, array in arrays.items()}}, path)
+    torch.save({wrapper: {name: tensor(array) for name, array in arrays.items()}}, file)

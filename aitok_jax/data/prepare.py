@@ -40,7 +40,7 @@ def prepare_nyu(args: argparse.Namespace) -> None:
 
 
 def prepare_coco(args: argparse.Namespace) -> None:
-    root, source = Path(args.root), functools.partial(coco.CocoSource, on_error="skip")
+    root, source = paths.expand(args.root), functools.partial(coco.CocoSource, on_error="skip")
     train = source(root / args.train_images, root / args.train_annotations, expected_count=args.train_count)
     test = source(root / args.test_images, root / args.test_annotations, expected_count=args.test_count)
     _write_objects(args, train, test)

@@ -149,8 +149,8 @@ def _drop_events_after(folder: Path, step: int) -> None:
         return
     import tensorflow as tf
 
+    part = folder / "events.part"  # a kill may leave it; TensorBoard does not take it for one of its files
     for file in files:
-        part = file.with_name(f"{file.name}.part")
         with tf.io.TFRecordWriter(str(part)) as writer:
             try:
                 for record in tf.compat.v1.io.tf_record_iterator(str(file)):

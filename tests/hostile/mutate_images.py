@@ -12,7 +12,7 @@ import io
 import random
 import struct
 import sys
-import unicodedata  # noqa: F401
+import unicodedata  # noqa: F401  likewise
 import zlib
 from pathlib import Path
 

@@ -219,7 +219,13 @@ def test_the_bound_can_be_raised(tmp_path):
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
         )
         assert expected in done.stdout + done.stderr
-    assert images.MAX_PIXELS == 100_000_000
+    assert images.max_pixels() == 100_000_000
+
+
+def test_a_bound_that_is_no_number(monkeypatch):
+    monkeypatch.setenv("AITOK_MAX_PIXELS", "1e9")
+    with pytest.raises(ValueError, match="AITOK_MAX_PIXELS='1e9' in the environment must be a whole number of pixels"):
+        read_image(encoded(PHOTO))
 
 
 METRES = np.array([[0, 0.5, 1.25], [2, 3.75, 6]], np.float32)

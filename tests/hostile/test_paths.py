@@ -212,8 +212,12 @@ def test_a_kill_leaves_no_half_file(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert target.read_bytes() == b"old"
+    theirs = tmp_path / "x.bin.part"
+    theirs.write_bytes(b"of the user")
     with paths.writing(target) as file:
         file.write(b"new")
+    assert theirs.read_bytes() == b"of the user"
+    theirs.unlink()
     assert target.read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 

@@ -187,6 +187,7 @@ def test_tensorboard_shows_no_step_twice(tmp_path):
     first.wait()
     (file,) = tmp_path.glob("events.*")
     file.write_bytes(file.read_bytes()[:-7])  # in the middle of an event
+    (tmp_path / "events.part").write_bytes(b"left by another kill")
     assert start(4, 9).wait() == 0
     seen = []
     for file in sorted(tmp_path.glob("events.*")):

@@ -214,7 +214,7 @@ def _name(value: Any) -> str:
 
 
 def _image_reader(folder: Path) -> Callable[[Any], None]:
-    bound = min(image.MAX_PIXELS, segmentations.MAX_PIXELS)
+    bound = min(image.max_pixels(), segmentations.MAX_PIXELS)
 
     def read(entry: Any) -> None:
         _need(entry, _OF_IMAGES, "images")
