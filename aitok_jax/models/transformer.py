@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aitok_jax.models import causal_attention
 from aitok_jax.models.layers import DropPath, Mlp, Widths, check_remat, rematerialized, trunc_normal
 
 KeyValue = tuple[jax.Array, jax.Array]  # each [B, heads, T, d]
@@ -41,16 +42,27 @@ class Attention(nn.Module):
     def attend(self, x_BQD: jax.Array, keys_values: KeyValue, mask: jax.Array | None = None) -> jax.Array:
         """Queries of x [B,Q,D] over the keys; mask bool, broadcast against [B,heads,Q,T], True where allowed."""
         keys, values = keys_values
-        queries = self._split(self.wq(x_BQD)) * (self.widths.dim // self.widths.num_heads) ** -0.5
-        logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bhqd,bhkd->bhqk", self._queries(x_BQD), keys, preferred_element_type=jnp.float32)
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits).astype(self.widths.dtype)
-        out = jnp.einsum("bhqk,bhkd->bqhd", weights, values)
-        return self.proj(out.reshape(*out.shape[:2], self.widths.dim))
+        return self._project(jnp.einsum("bhqk,bhkd->bqhd", weights, values))
 
-    def __call__(self, x_BTD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        return self.attend(x_BTD, self.keys_values(x_BTD), mask)
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.attend(x_BTD, self.keys_values(x_BTD))
+
+    def causal(self, x_BTD: jax.Array) -> jax.Array:
+        """Every position of x over itself and those before it."""
+        t, keys_values = x_BTD.shape[1], self.keys_values(x_BTD)
+        if t < causal_attention.LONG:
+            return self.attend(x_BTD, keys_values, jnp.tril(jnp.ones((1, 1, t, t), bool)))
+        return self._project(causal_attention.attend(self._queries(x_BTD), *keys_values).swapaxes(1, 2))
+
+    def _queries(self, x_BQD: jax.Array) -> jax.Array:
+        return self._split(self.wq(x_BQD)) * (self.widths.dim // self.widths.num_heads) ** -0.5
+
+    def _project(self, out_BQhd: jax.Array) -> jax.Array:
+        return self.proj(out_BQhd.reshape(*out_BQhd.shape[:2], self.widths.dim))
 
     def _split(self, x: jax.Array) -> jax.Array:
         heads = self.widths.num_heads
@@ -86,9 +98,7 @@ class DecoderBlock(nn.Module):
         return self.crossattn.keys_values(self.norm2(memory_BMD))
 
     def __call__(self, x_BTD: jax.Array, memory: KeyValue, train: bool) -> jax.Array:
-        t = x_BTD.shape[1]
-        causal = jnp.tril(jnp.ones((1, 1, t, t), bool))
-        x = x_BTD + self.drop_path_layer(self.attn(self.norm1(x_BTD), causal), train)
+        x = x_BTD + self.drop_path_layer(self.attn.causal(self.norm1(x_BTD)), train)
         return self._rest(x, memory, train)
 
     def step(self, x_B1D: jax.Array, memory: KeyValue, cache: Cache, index: jax.Array) -> tuple[jax.Array, Cache]:
