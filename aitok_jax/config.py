@@ -174,7 +174,7 @@ SHARED = ("backbone", "transformer", "vocabulary", "init_variance")  # fields of
 _PER_PART = ("data", "batch_size", "eval_batch_size", "eval_variants")
 _DEFAULTS = {  # keys that configurations of earlier versions may lack
     **{"ema_decay": 0.0, "fsdp": 1, "accumulate": 1, "start_from": {}, "categories": ()},
-    **{"eval_variants": {}, "eval_baseline": False, "best_metric": "", "best_mode": "min"},
+    **{"eval_variants": {}, "eval_baseline": False, "eval_first": False, "best_metric": "", "best_mode": "min"},
 }
 _DATA_DEFAULTS = {"also_root": "", "also_count": 0}
 
@@ -182,6 +182,8 @@ _DATA_DEFAULTS = {"also_root": "", "also_count": 0}
 def translated(config: Mapping | ConfigDict) -> ConfigDict:
     """The configuration of a run with a task made of parts, and `data`, `batch_size`, ... by part."""
     plain = {**_DEFAULTS, **(config.to_dict() if isinstance(config, ConfigDict) else config)}
+    if isinstance(plain["start_from"], str):
+        plain["start_from"] = {"": plain["start_from"]}
     task = translated_task(plain["task"], plain.get("name"))
     if not _has_parts(plain["task"]) and "parts" in task:
         (part,) = task["parts"]
@@ -225,7 +227,7 @@ def _has_parts(task: Mapping) -> bool:
 def _data(fields: Any) -> Any:
     if not isinstance(fields, Mapping) or "name" not in fields:
         return fields
-    of_maps = {"modality": "depth", "depth_scale": 0.0} if fields["name"] == "nyu" else {}
+    of_maps = {"modality": "depth", "depth_scale": 0.0, "fit": "crop"} if fields["name"] == "nyu" else {}
     return {**_DATA_DEFAULTS, **of_maps, **fields}
 
 

@@ -31,9 +31,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import aitok_jax
 from aitok_jax import paths
-from aitok_jax.image import IMAGENET_MEAN
+from aitok_jax.image import IMAGENET_MEAN, model_size
 from aitok_jax.predict.predictor import Predictor
-from aitok_jax.predict.views import model_size
 from aitok_jax.tasks.arguments import check_path, check_process, whole_number
 from aitok_jax.tasks.base import compiled_predict
 

@@ -1,7 +1,9 @@
 """Images: the one reader of files, scaling, the square that models of objects see, and PNGs."""
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUARTER_TURNS = (5, 6, 7, 8)
+ASPECT_STEPS = 15  # 32 px at image_size 480
+MAX_ASPECT = 8
 
 
 class ImageError(ValueError):
@@ -55,13 +60,29 @@ def read_image(file: str | Path | bytes) -> np.ndarray:
 
 def open_image(file: str | Path | bytes) -> Image.Image:
     """A decoded image in its own mode, turned as its EXIF orientation says; arguments and errors of `read_image`."""
+    with _opened(file) as image:
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        return image if turn is None else image.transpose(turn)
+
+
+def read_shape(file: str | Path | bytes) -> tuple[int, int]:
+    """Height and width of what `read_image` gives, of which only the head of the file is read."""
+    with _opened(file) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) in _QUARTER_TURNS else (height, width)
+
+
+@contextlib.contextmanager
+def _opened(file: str | Path | bytes) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet; what Pillow raises inside is raised as an ImageError."""
     if max_pixels() > _MAX_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels()  # Pillow has a bound of its own
     with open(file, "rb") if isinstance(file, str | Path) else io.BytesIO(file) as stream:
         try:
             image = Image.open(stream)
             _check_size(*image.size)
-            image.load()
+            yield image
         except ImageError:
             raise
         except Image.DecompressionBombError as error:
@@ -72,8 +93,6 @@ def open_image(file: str | Path | bytes) -> Image.Image:
             raise ImageError("broken image file, or of a format that Pillow does not know; restore it") from error
         except Exception as error:  # the decoders raise a dozen kinds
             raise ImageError(f"broken image file ({type(error).__name__}: {error!s:.200}); restore it") from error
-        turn = _TURNS.get(_orientation(image))
-        return image if turn is None else image.transpose(turn)
 
 
 def is_16_bit_grey(image: Image.Image) -> bool:
@@ -129,6 +148,28 @@ def resize(
         return np.stack([resize(channel, height, width, box) for channel in np.moveaxis(array, 2, 0)], -1)
     picture = Image.fromarray(np.ascontiguousarray(array))
     return np.array(picture.resize((width, height), Image.Resampling.BILINEAR, box))
+
+
+def nearest(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Any array [H,W,...] at another size: of every pixel the one nearest to its centre."""
+    rows, columns = (
+        (2 * np.arange(n) + 1) * old // (2 * n) for n, old in zip((height, width), array.shape, strict=False)
+    )
+    return array[rows[:, None], columns]
+
+
+def model_size(height: int, width: int, image_size: int) -> tuple[int, int]:
+    """Height and width at which models of maps see an image of height x width pixels: the short side is `image_size`,
+    the long one a multiple of a fifteenth of that.
+
+    Raises:
+        ValueError: the long side is more than 8 times the short side.
+    """
+    short, long = sorted((height, width))
+    if long > MAX_ASPECT * short:
+        raise ValueError(f"a {height}x{width} image is longer than {MAX_ASPECT} times its short side; crop it")
+    model_long = round(image_size * round(ASPECT_STEPS * long / short) / ASPECT_STEPS)
+    return (image_size, model_long) if height <= width else (model_long, image_size)
 
 
 def fitted(height: int, width: int, longer: int) -> tuple[int, int]:

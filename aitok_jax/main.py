@@ -24,7 +24,7 @@ from aitok_jax import config as configuration
 from aitok_jax import paths
 from aitok_jax.config import format_workdir, ordered, stage_order
 from aitok_jax.parallel import processes
-from aitok_jax.training import checkpoint, lock, loop, preemption, run_dir, setup
+from aitok_jax.training import checkpoint, finetune, lock, loop, preemption, run_dir, setup
 
 LOG = logging.getLogger("aitok_jax")
 MODES = {"train": loop.train, "eval": loop.evaluate}
@@ -40,6 +40,9 @@ def run(config: ConfigDict | Mapping, workdir: str | Path, mode: str = "train") 
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} must be one of {tuple(MODES)}")
     config, workdir = ordered(config), paths.expand(workdir) if str(workdir).strip() else workdir
+    if "finetune" in config:
+        config, lines = finetune.plan(config, workdir)
+        LOG.info("the plan:\n  %s", "\n  ".join(lines))
     if "stages" not in config:
         return MODES[mode](format_workdir(config, str(workdir)), workdir)
     for stage in config.stages.values():

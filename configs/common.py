@@ -55,8 +55,11 @@ def run(**fields: Any) -> ConfigDict:
         "ema_decay": 0.0,  # of the parameters' moving average, which is evaluated; 0 is off
         "fsdp": 1,  # devices that large arrays are split over
         "accumulate": 1,  # micro-batches of a step
-        "start_from": {},  # '/'-joined path in the state -> run to take it from, one after the other; '' takes nothing
+        # a run, or 'builtin', whose weights are taken as far as they fit; or '/'-joined paths in the state, each with
+        # the run to take it from, one after the other, '' for nothing
+        "start_from": {},
         "eval_variants": {},  # name -> fields of the part to evaluate once more with, at the end
+        "eval_first": False,  # also before the first step: before/...
         "eval_baseline": False,  # also measure the prediction that sees no image
         "categories": (),  # of objects; written by the run
     }
@@ -101,6 +104,7 @@ def maps_data(modality: str, root: str, size: int, recipe: str, **fields: Any) -
     """Images with maps of a modality in the layout of NYUv2; lists may be given, else the folder is looked through."""
     own = {"train_list": "", "test_list": "", "train_subfolder": "", "test_subfolder": "official_splits/test"}
     own |= {"modality": modality, "size": size, "recipe": recipe, "columns": (), "color": False, "cutdepth": "off"}
+    own["fit"] = "crop"  # or scale: frames of any size are brought to the model's scale first
     own["depth_scale"] = 0.0  # values a metre in depth files; 0: 1000 of whole numbers, 1 of floats
     return data("nyu", root, **{**own, **fields})
 

@@ -105,7 +105,8 @@ def test_a_run_of_one_part_is_one_of_parts():
         "shared": SHARED_FIELDS,
         "parts": {"rooms": {"name": "depth", "image_size": 8}},
     }
-    data = {"also_root": "", "also_count": 0, "modality": "depth", "depth_scale": 0.0, "name": "nyu", "root": "x"}
+    data = {"also_root": "", "also_count": 0, "modality": "depth", "depth_scale": 0.0, "fit": "crop"}
+    data |= {"name": "nyu", "root": "x"}
     assert run["data"] == {"rooms": data}
     assert (run["batch_size"], run["eval_batch_size"]) == ({"rooms": 4}, {"rooms": 2})
     assert run["eval_variants"] == {"rooms": flat["eval_variants"]}

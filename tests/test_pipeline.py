@@ -295,7 +295,9 @@ def test_negative_start():
 
 def data_config(root, **changes):
     values = dict(name="nyu", root=str(root), train_list="", test_list="", train_subfolder="", cache=False, size=10)
-    values |= dict(test_subfolder="official_splits/test", recipe="solver", columns=(), color=True, cutdepth="published")
+    values |= dict(
+        test_subfolder="official_splits/test", recipe="solver", columns=(), fit="crop", color=True, cutdepth="published"
+    )
     values |= dict(modality="depth", depth_scale=0.0, also_root="", also_count=0)
     values |= dict(on_error="raise", expected_train=0, expected_test=0, render={})
     return ConfigDict({**values, **changes})

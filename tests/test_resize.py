@@ -5,8 +5,8 @@ import pytest
 from toy_depth import picture
 
 from aitok_jax.data import object_transforms
-from aitok_jax.image import fit_square, resize
-from aitok_jax.predict.views import NUM_VIEWS, average_views, model_size, view
+from aitok_jax.image import fit_square, model_size, resize
+from aitok_jax.predict.views import NUM_VIEWS, average_views, view
 from aitok_jax.tasks.modalities import Depth, Normals
 
 

@@ -16,10 +16,12 @@ from aitok_jax.data.sources import coco, mixture, nyu, prepared
 from aitok_jax.data.sources.files import DataError
 from aitok_jax.tasks.modalities import MODALITIES
 
-RECIPES = ("tokenizer", "solver")
+RECIPES, FITS = ("tokenizer", "solver"), ("crop", "scale")
 _COMMON = "name root on_error cache expected_train expected_test also_root also_count render"
 _FILES = "train_images test_images train_annotations test_annotations mask_size"
-_MAPS = "modality depth_scale train_list test_list train_subfolder test_subfolder size recipe columns color cutdepth"
+_MAPS = (
+    "modality depth_scale train_list test_list train_subfolder test_subfolder size fit recipe columns color cutdepth"
+)
 KEYS = {
     "nyu": (*_COMMON.split(), *_MAPS.split()),
     "coco": (*_COMMON.split(), *_FILES.split(), "size", "num_objects", "jitter", "order"),
@@ -50,7 +52,9 @@ def build(config: Any) -> Data:
     training examples of every batch are of the data there, laid out in the same way, 0 = none.
     'nyu': modality (which maps), depth_scale (values a metre in depth files; 0: 1000 of whole numbers, 1 of floats),
     train_list, test_list ('' = look through the folder), train_subfolder,
-    test_subfolder, size (crop side), recipe ('tokenizer' | 'solver'), columns, color, cutdepth.
+    test_subfolder, size (crop side), fit (what is done first: 'crop' nothing, as published, where frames must have the
+    model's short side; 'scale' brings frames of any size to it, as prediction does), recipe ('tokenizer' | 'solver'),
+    columns, color, cutdepth.
     'coco': train_images, test_images (folders), train_annotations, test_annotations (JSONs; all relative to root),
     size (input side), num_objects, mask_size (0 = boxes only), jitter (low, high), order (object_transforms.ORDERS).
     'coco_masks': folders and JSONs as 'coco', mask_size.
@@ -83,14 +87,17 @@ def _nyu(config: Any) -> Data:
         raise ValueError(f"data.recipe={config.recipe!r} must be one of {RECIPES}")
     if config.modality not in MODALITIES:
         raise ValueError(f"data.modality: {unknown(config.modality, MODALITIES)}")
+    if config.fit not in FITS:
+        raise ValueError(f"data.fit={config.fit!r} must be one of {FITS}")
     modality = MODALITIES[config.modality](**_file_options(config))
     if config.recipe == "tokenizer":
         train_transform = map_transforms.tokenizer_train(modality, config.size, tuple(config.columns))
     else:
         train_transform = map_transforms.solver_train(modality, config.size, config.color, config.cutdepth)
-    eval_transform = map_transforms.evaluation(modality)
+    eval_transform = map_transforms.evaluation(modality, config.size if config.recipe == "solver" else 0)
     train_images, counts = config.recipe != "tokenizer", (config.expected_train, config.expected_test)
-    options = {"on_error": config.on_error, "cache": config.cache}
+    scale = config.size if config.fit == "scale" else 0
+    options = {"on_error": config.on_error, "cache": config.cache, "scale": scale}
     if folder := _prepared(config):
         train, test = prepared.nyu_sources(folder, train_images=train_images, counts=counts, **options)
         return Data(train, test, train_transform, eval_transform)

@@ -32,12 +32,14 @@ class Transform:
       apply: the op; recipes without randomness ignore the seed.
       size: side in pixels of the square it cuts out; 0 = it keeps the size.
       columns: the column range (start, stop) it keeps first; () = all.
+      side: what the short side must be; 0 = anything.
     """
 
     modality: Modality
     apply: Callable[[Example, Any], Example]
     size: int = 0
     columns: tuple[int, ...] = ()
+    side: int = 0
 
     def __call__(self, example: Example, seed: Any = None) -> Example:
         import tensorflow as tf
@@ -51,11 +53,16 @@ class Transform:
                 f"{name}: columns={self.columns} must lie inside the image, which is {width} wide; "
                 "change data.columns, () keeps all columns"
             )
+        if self.side and min(height, width) != self.side:
+            raise ValueError(
+                f"{name} is {height}x{width}, and the model sees frames whose short side has {self.side} pixels: set "
+                "data.fit='scale', which brings all frames to that, or resize the files"
+            )
         kept = self.columns[1] - self.columns[0] if self.columns else width
         if self.size > height or self.size > kept:
             raise ValueError(
                 f"{name}: crop size {self.size} must be at most the {height}x{kept} pixels to crop from; "
-                "lower data.size or use larger images"
+                "lower data.size, set data.fit='scale', or use larger images"
             )
 
 
@@ -104,9 +111,9 @@ def solver_train(modality: Modality, size: int, color: bool = True, cutdepth: st
     return Transform(modality, apply, size)
 
 
-def evaluation(modality: Modality) -> Transform:
-    """Full size, no randomness: image float32[H,W,3] in 0..1 (RGB/255), and the map."""
-    return Transform(modality, lambda example, seed: _scaled(example))
+def evaluation(modality: Modality, side: int = 0) -> Transform:
+    """Full size, no randomness: image float32[H,W,3] in 0..1 (RGB/255), and the map; `side`: see `Transform`."""
+    return Transform(modality, lambda example, seed: _scaled(example), side=side)
 
 
 def random_flip(example: Example, seed: Any, modality: Modality) -> Example:

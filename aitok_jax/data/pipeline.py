@@ -25,7 +25,8 @@ class Source(Protocol):
     """Random access to examples on the host.
 
     Optional: `images` = False where `read` gives no image; `read_readable(index) -> (index used, example)` to go on
-    past broken examples; `shares`, see `mixture.Mixture`.
+    past broken examples; `groups`, lists of indices whose examples have one size, where not all have; `shares`, see
+    `mixture.Mixture`.
     """
 
     names: list[str]
@@ -116,19 +117,33 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every example once, in order; this host's share of each batch.
 
-    The last batch is filled up by example 0 with `mask` 0, so that all hosts run the same number of steps. A broken
-    example is an error, or has `mask` 0 where the source skips (on_error='skip'). Otherwise as `train_batches`.
+    A batch has examples of one size; the last of a size is filled up by the first of them with `mask` 0, so that all
+    hosts run the same number of steps. A broken example is an error, or has `mask` 0 where the source skips
+    (on_error='skip'). Otherwise as `train_batches`.
     """
     local = _local_batch(source, batch_size, process_index, process_count)
     tf = _tensorflow()
+    order, given = _eval_order(source, batch_size)
 
     def place(count):
         position = _position(count, local, batch_size, process_index * local)
-        real = position < len(source)
-        return position, tf.where(real, position, 0), real
+        return position, tf.gather(order, position), tf.gather(given, position)
 
-    counts = tf.data.Dataset.range(-(-len(source) // batch_size) * local)
+    counts = tf.data.Dataset.range(len(order) // batch_size * local)
     return _batches(counts, place, source, transform, 0, local, replace_broken=False)
+
+
+def eval_steps(source: Source, batch_size: int) -> int:
+    """How many batches `eval_batches` gives."""
+    return len(_eval_order(source, batch_size)[0]) // batch_size
+
+
+def _eval_order(source: Source, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The index at every position, int64, and whether it is a real example, not one that fills up."""
+    groups = source.groups() if hasattr(source, "groups") else [range(len(source))]
+    rows = [[*group, *[group[0]] * (-len(group) % batch_size)] for group in groups]
+    given = [np.arange(len(row)) < len(group) for row, group in zip(rows, groups, strict=True)]
+    return np.concatenate(rows).astype(np.int64), np.concatenate(given)
 
 
 def _batches(counts, place, source, transform, seed, local, *, replace_broken) -> Iterator[Batch]:
@@ -184,10 +199,12 @@ def _tensorflow_reading(source, transform, seed, failures):
     def arrays(example, name, position):
         height, width = example[modality.name].shape[:2]
         transform.check(height, width, name)
-        if not transform.size and first.setdefault("size", (height, width, name))[:2] != (height, width):
+        if not (transform.size or getattr(source, "scale", 0)) and first.setdefault("size", (height, width, name))[
+            :2
+        ] != (height, width):
             raise DataError(
                 f"{name} is {height}x{width} but {first['size'][2]} is {first['size'][0]}x{first['size'][1]}; "
-                "examples read at full size must all have one size: resize the files"
+                "examples read at full size must all have one size: set data.fit='scale', or resize the files"
             )
         return [example[modality.name], *([example["image"]] if images else [])]
 

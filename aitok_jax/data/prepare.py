@@ -16,16 +16,14 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from absl import logging
-
 from aitok_jax import paths
+from aitok_jax.data import own
 from aitok_jax.data.sources import coco, nyu
-from aitok_jax.data.sources.files import DataError, digest
-from aitok_jax.tasks.modalities import depth_files
+from aitok_jax.data.sources.files import DataError
 from aitok_jax.tasks.modalities.depth import Depth
 
 COCO_COUNTS = 118287, 5000  # images of train2017 and val2017
@@ -60,56 +58,33 @@ def prepare_scenes(args: argparse.Namespace) -> None:
 
 
 def prepare_folder(args: argparse.Namespace) -> None:
-    """Images with depth maps of the same names, an instances JSON, or both; each image's split comes of its name."""
+    """Images with depth maps of the same names, an instances JSON, or both; see `own.to_evaluate` for the split."""
     if not args.depth and not args.annotations:
         raise ValueError("give --depth=FOLDER, --annotations=JSON, or both; images alone train nothing")
-    if not 0 < args.test_share < 1:
-        raise ValueError(f"--test_share={args.test_share} must be between 0 and 1; 0.1 is usual")
-
     for folder in filter(None, (args.images, args.depth)):
         if not paths.expand(folder).is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
     annotations = paths.expand(args.annotations) if args.annotations else None
     source = coco.CocoSource(paths.expand(args.images), annotations, on_error="skip") if annotations else None
 
-    def tested(name):
-        return int(digest(name.encode())[:8], 16) < args.test_share * 2**32
-
+    images = paths.expand(args.images).absolute()
+    pairs = own.same_names(Depth(), images, paths.expand(args.depth).absolute()) if args.depth else {}
+    names = [*pairs, *(name for name in source.names if name not in pairs)] if source else list(pairs)
+    tested = own.to_evaluate(images, names, args.test_share, args.val)
     if args.depth:
-        lines = _folder_pairs(paths.expand(args.images).absolute(), paths.expand(args.depth).absolute())
+        lines = [
+            {"name": name, "image": str(images / name), "depth": str(map_path)} for name, map_path in pairs.items()
+        ]
         _build_pairs(
             args,
             {
-                "train": [line for line in lines if not tested(line["name"])],
-                "test": [line for line in lines if tested(line["name"])],
+                "train": [line for line in lines if line["name"] not in tested],
+                "test": [line for line in lines if line["name"] in tested],
             },
             [],
         )
     if source:
         _write_objects(args, source, source, tested)
-
-
-def _folder_pairs(images: Path, depth: Path) -> list[dict[str, Any]]:
-    """A line for every image; its depth map has the same name in the other folder, with a suffix of its own."""
-    found, others = paths.find(images, paths.IMAGE_SUFFIXES)
-    maps, more = paths.find(depth, depth_files.SUFFIXES)
-    companions = paths.Companions([*maps, *more], depth_files.SUFFIXES)
-    lines, used = [], set()
-    for path in found:
-        name = path.relative_to(images)
-        expected = (depth / name).with_suffix(depth_files.SUFFIXES[0])
-        map_path = companions.of(expected) or expected
-        if map_path == path or (depth != images and path.is_relative_to(depth)):  # it is a depth map itself
-            continue
-        used.add(map_path)
-        lines.append({"name": name.as_posix(), "image": str(path), "depth": str(map_path)})
-    for kind, passed in {
-        "no image": others,
-        "no depth map of an image": [path for path in maps if path not in used],
-    }.items():
-        if passed:
-            logging.warning("passed over what is %s: %s", kind, paths.listed(passed))
-    return lines
 
 
 def _write_pairs(args: argparse.Namespace, train: nyu.NyuSource, test: nyu.NyuSource) -> None:
@@ -136,21 +111,21 @@ def _write_objects(
     args: argparse.Namespace,
     train: coco.CocoSource,
     test: coco.CocoSource,
-    tested: Callable[[str], bool] | None = None,
+    tested: Collection[str] | None = None,
 ) -> None:
-    """With `tested`, both sources are one, whose images it divides."""
+    """With `tested`, names to evaluate on, both sources are one, whose images it divides."""
     from aitok_jax.data.preparation import write
     from aitok_jax.data.preparation.instances import CocoInstances
 
     if (train.category_ids, train.categories) != (test.category_ids, test.categories):
         raise DataError(f"{train.path} and {test.path} list other categories; give both the same list")
     lines = {"train": _object_lines(train), "test": _object_lines(test)}
-    if tested:
+    if tested is not None:
         lines = {
-            "train": [line for line in lines["train"] if not tested(line["name"])],
-            "test": [line for line in lines["test"] if tested(line["name"])],
+            "train": [line for line in lines["train"] if line["name"] not in tested],
+            "test": [line for line in lines["test"] if line["name"] in tested],
         }
-    sources = [train] if tested else [train, test]
+    sources = [train, test] if tested is None else [train]
     broken = [f"{source.path}: {label}: {why}" for source in sources for label, why in source.reasons.items()]
     contents = {
         split: (source.content, source.fingerprint()["annotations"])
@@ -246,7 +221,8 @@ _KINDS = {  # of each: its function, what it prepares, positional arguments, opt
             "depth": ("", "folder of depth maps: a/b.png (.tif, .npy, .npz) for IMAGES/a/b.jpg"),
             "depth_scale": _DEPTH_SCALE,
             "annotations": ("", "instances JSON (COCO) with file names relative to IMAGES"),
-            "test_share": (0.1, "share of the images to evaluate on, chosen by a hash of the name"),
+            "test_share": (0.1, "share of the images to evaluate on: whole folders, or runs of consecutive names"),
+            "val": ("", "folder in IMAGES to evaluate on; so do IMAGES/train.txt and val.txt, lists of names, divide"),
         },
     ),
 }

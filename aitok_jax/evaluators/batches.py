@@ -66,7 +66,7 @@ class Evaluation:
             step,
             batches,
             mesh=self.mesh,
-            total=-(-len(data.eval) // self.batch_size),
+            total=pipeline.eval_steps(data.eval, self.batch_size),
             label=self.prefix,
             progress=self.progress,
         )

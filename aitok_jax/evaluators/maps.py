@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from aitok_jax import visualize
-from aitok_jax.data.sources.files import READ_ERRORS, DataError, size_text
+from aitok_jax.data.sources.files import READ_ERRORS, DataError
 from aitok_jax.evaluators.batches import Evaluation, Mean, to_host
 from aitok_jax.evaluators.metrics import confidence_spearman, inside
-from aitok_jax.image import save_png
+from aitok_jax.image import nearest, save_png
 from aitok_jax.tasks.modalities import Modality
 
 
@@ -83,10 +83,11 @@ def _measure(outputs, batch, constant, *, modality, crop):
 def mean_map(source: Any, modality: Modality) -> np.ndarray:
     """f32[1,H,W,channels]: at each pixel the mean of what is annotated, as the VQ-VAE sees it.
 
-    Pixels that no example annotates get the mean of all annotated values.
+    Pixels that no example annotates get the mean of all annotated values; maps of other sizes than the first are
+    brought to its size.
 
     Args:
-        source: whose maps have one size; broken examples are left out under on_error='skip'.
+        source: of maps; broken examples are left out under on_error='skip'.
     """
     total = count = np.float64(0)
     for index in range(len(source)):
@@ -98,10 +99,7 @@ def mean_map(source: Any, modality: Modality) -> np.ndarray:
             continue
         values, valid = np.asarray(modality.encode(map_), np.float64), np.asarray(modality.valid(map_))[..., None]
         if np.ndim(total) and values.shape != total.shape:
-            raise DataError(
-                f"{source.names[index]} is {size_text(map_[0])} but the maps before it are {size_text(total[0])}; "
-                "a mean map needs maps of one size"
-            )
+            values, valid = (nearest(x[0], *total.shape[1:3])[None] for x in (values, valid))
         total, count = total + np.where(valid, values, 0.0), count + valid
     if not np.any(count):
         raise DataError(f"no annotated pixel in any map of {modality.name}; a mean map needs some")

@@ -23,11 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 from aitok_jax import paths
-from aitok_jax.image import read_image
+from aitok_jax.image import model_size, read_image
 from aitok_jax.predict import outputs, pointcloud
 from aitok_jax.predict.outputs import Results, find_images, name_results, result_names
 from aitok_jax.predict.predictor import BATCH_SIZE, Predictor
-from aitok_jax.predict.views import model_size
 
 
 def main(argv: Sequence[str] | None = None) -> int:

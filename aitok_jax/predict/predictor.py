@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from aitok_jax import tasks
-from aitok_jax.image import fit_square, resize
-from aitok_jax.predict.views import NUM_VIEWS, average_views, model_size, view
+from aitok_jax.image import fit_square, model_size, resize
+from aitok_jax.predict.views import NUM_VIEWS, average_views, view
 from aitok_jax.tasks import paste
 from aitok_jax.tasks.arguments import check_path, check_process, whole_number
 from aitok_jax.tasks.base import compiled_predict

@@ -1,29 +1,13 @@
-"""The scale at which a model sees an image, and enlarged views of it for test-time augmentation."""
+"""Enlarged views of an image, for test-time augmentation."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from aitok_jax.image import resize
-from aitok_jax.tasks.arguments import whole_number
 from aitok_jax.tasks.modalities import Modality
 
-ASPECT_STEPS = 15  # 32 px at image_size 480
-MAX_ASPECT = 8
 ZOOM, NUM_VIEWS = 1.1, 5  # of the views for test-time augmentation
-
-
-def model_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """Height and width at which an image of height x width is predicted; see `Predictor.__call__`.
-
-    Raises:
-        ValueError: the long side is more than 8 times the short side, or one is no number of pixels.
-    """
-    short, long = sorted((whole_number("height", height), whole_number("width", width)))
-    if long > MAX_ASPECT * short:
-        raise ValueError(f"a {height}x{width} image is longer than {MAX_ASPECT} times its short side; crop it")
-    model_long = round(image_size * round(ASPECT_STEPS * long / short) / ASPECT_STEPS)
-    return (image_size, model_long) if height <= width else (model_long, image_size)
 
 
 def view(image: np.ndarray, number: int, height: int, width: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from aitok_jax.models.task_solver import TaskSolver
 from aitok_jax.models.transformer import TokenTransformer
 from aitok_jax.tasks import maps, objects, tokenizer
 from aitok_jax.tasks.base import Task
+from aitok_jax.tasks.modalities import MODALITIES as MODALITIES
 from aitok_jax.tasks.solver import SolverTask
 from aitok_jax.tasks.vocabulary import Vocabulary, with_codes
 

@@ -1,7 +1,7 @@
 """The token vocabulary, one flat table (arXiv 2301.02229, task solver): the only place that knows an offset."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,30 @@ class Vocabulary:
     @property
     def size(self) -> int:
         return self.noise + 1 + sum(size for _, size in self.codes) + self.num_spare
+
+
+def same_meaning(
+    old: Vocabulary, new: Vocabulary, old_names: Sequence[str] = (), new_names: Sequence[str] = ()
+) -> dict[int, int]:
+    """The tokens of `new` that mean what one of `old` means: new id -> old id.
+
+    Coordinates by their place in the image, codes by their tokenizer's name, classes by their names, or where one of
+    the two has no names and both have as many classes, by their places.
+    """
+    scale = old.num_bins / new.num_bins
+    pairs = {token: round(token * scale) for token in range(new.num_bins + 1)}
+    if old_names and new_names:
+        places = {name: i for i, name in enumerate(old_names)}
+        classes = {i: places[name] for i, name in enumerate(new_names) if name in places}
+    else:
+        classes = {i: i for i in range(new.num_classes)} if old.num_classes == new.num_classes else {}
+    pairs |= {new.classes.start + i: old.classes.start + j for i, j in classes.items()}
+    pairs |= {new.end_of_sequence: old.end_of_sequence, new.noise: old.noise}
+    for name, size in new.codes:
+        if dict(old.codes).get(name) == size:
+            starts = new.codes_of(name).start, old.codes_of(name).start
+            pairs |= {starts[0] + code: starts[1] + code for code in range(size)}
+    return pairs
 
 
 def with_codes(vocabulary: Vocabulary, sizes: Mapping[str, int]) -> Vocabulary:

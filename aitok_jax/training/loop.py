@@ -70,10 +70,14 @@ def _train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         with run.folder.logging(start, sum(config.batch_size.values())):
             if start < config.train_steps:
                 run.folder.remove("metrics.json")  # of a shorter run; while it is there, a stage counts as finished
+                if config.eval_first and not start:
+                    _evaluate_between(run, manager, state)
                 step = _compile(make_step(run, optimizer, shardings), state, example, random_key(config))
                 state = _loop(run, manager, step, state, batches)
             metrics = evaluate_all(run, state.inference_params, state.model_state)
             _record(run, state, metrics)
+        if config.eval_first:
+            metrics |= {f"before/{name}": value for name, value in run.folder.first_evaluation().items()}
         run.folder.write_json("metrics.json", metrics)
     return metrics
 

@@ -106,6 +106,12 @@ class RunDir:
         speeds = {"steps_per_sec": speed, "images_per_sec": speed * self._batch_size}
         self._write(step, {name: float(value) for name, value in metrics.items()} | speeds, "train/")
 
+    def first_evaluation(self) -> dict[str, float]:
+        """What was measured before the first step."""
+        lines = (self.path / "metrics.jsonl").read_text().splitlines()
+        first = next((line for line in map(json.loads, lines) if line["step"] == 0), {})
+        return {name: math.nan if value is None else value for name, value in first.items() if name != "step"}
+
     def evaluated(self, step: int) -> bool:
         """Whether an evaluation of this step was logged before the run went on."""
         return step in self._evaluated

@@ -23,7 +23,7 @@ from aitok_jax.training import checkpoint, optim, run_dir
 _REQUIRED = ("name", "seed", "task", "data", "batch_size", "eval_batch_size", "train_steps", "log_every", "eval_every")
 _REQUIRED += ("checkpoint_every", "keep_checkpoints", "optim")
 _OPTIONAL = ("best_metric", "best_mode", "ema_decay", "fsdp", "accumulate", "start_from", "categories")
-_OPTIONAL += ("eval_variants", "eval_baseline")
+_OPTIONAL += ("eval_variants", "eval_baseline", "eval_first")
 _OPTIM = ("name", "learning_rate", "b1", "b2", "eps", "weight_decay", "layer_decay", "clip_norm")
 _OPTIM += ("warmup_steps", "warmup_ratio", "schedule")
 _ALIKE = 0.75  # of a misspelt key to the right one

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from aitok_jax.image import ImageError, read_image
+from aitok_jax.image import ImageError, read_image, read_shape
 
 
 class DataError(ValueError):
@@ -78,6 +78,14 @@ def decode_image(file: File) -> np.ndarray:
     """uint8[H,W,3] RGB, as of `image.read_image`; DataError where it is broken."""
     try:
         return read_image(file.content)
+    except ImageError as error:
+        raise DataError(f"{file.name}: {error}, or take it off the list, or set on_error='skip'") from error
+
+
+def image_shape(file: File) -> tuple[int, int]:
+    """Height and width that `decode_image` gives, from the head of the file; DataError where it is broken."""
+    try:
+        return read_shape(file.content)
     except ImageError as error:
         raise DataError(f"{file.name}: {error}, or take it off the list, or set on_error='skip'") from error
 

@@ -20,7 +20,8 @@ class NyuSource(PairSource):
       modality: what the maps are; its `pair` names their files.
       root: the data folder.
       list_file: a text file (absolute, or relative to `root`) with one pair a line, as in `/scene/rgb_x.jpg
-        /scene/sync_depth_x.png`, paths relative to `root/subfolder`; further columns (a focal length) are ignored.
+        /scene/sync_depth_x.png`, paths relative to `root/subfolder`, with tabs between them where names have spaces;
+        further columns (a focal length) are ignored.
         '' looks for `rgb_*.jpg` (or another image) under `root/subfolder` instead, sorted, leaving out
         `official_splits` of `root`; the map may have any of the modality's suffixes.
       subfolder: the folder inside `root` that the pairs are relative to ('official_splits/test' for the test part).
@@ -28,6 +29,7 @@ class NyuSource(PairSource):
       cache: keep decoded examples in memory (about 2.2 MB for a 640x480 pair).
       images: False reads maps only and never opens an image.
       expected_count: the number of pairs that there must be (24231 and 654 for the published lists); 0 = any.
+      scale: see `PairSource`.
 
     Attributes:
       names: list[str], the path of each image relative to `root/subfolder`.
@@ -49,8 +51,9 @@ class NyuSource(PairSource):
         cache: bool = False,
         images: bool = True,
         expected_count: int = 0,
+        scale: int = 0,
     ):
-        super().__init__(modality, on_error, cache=cache, images=images)
+        super().__init__(modality, on_error, cache=cache, images=images, scale=scale)
         self._folder = paths.expand(root) / subfolder
         if not self._folder.is_dir():
             raise FileNotFoundError(
@@ -83,7 +86,7 @@ class NyuSource(PairSource):
             raise FileNotFoundError(f"{path}: no such list file; give its absolute path, or one relative to data.root")
         pairs = []
         for number, line in enumerate(paths.read_lines(path), 1):
-            columns = line.split()
+            columns = line.split("\t" if "\t" in line else None)
             if len(columns) < 2 or columns[1] == "None":
                 expected = f"/scene/rgb_x.jpg /scene/{self.modality.pair.format('x')}"
                 problem = f"{path}:{number}: no {self.modality.name} map in {line!r}; expected {expected!r}"

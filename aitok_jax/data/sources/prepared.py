@@ -49,7 +49,7 @@ def nyu_sources(folder: Path, *, train_images: bool, counts: tuple[int, int], **
 
     Args:
       train_images: False never decodes the training images.
-      **options: on_error and cache, as in `nyu.NyuSource`.
+      **options: on_error, cache and scale, as in `nyu.NyuSource`.
     """
     name = read_info(folder)["name"]
     make = TfdsNyu if name == TFDS_NYU else PreparedNyu
@@ -69,8 +69,9 @@ class PreparedNyu(PairSource):
         cache: bool = False,
         images: bool = True,
         expected_count: int = 0,
+        scale: int = 0,
     ):
-        super().__init__(self._modality(folder), on_error, cache=cache, images=images)
+        super().__init__(self._modality(folder), on_error, cache=cache, images=images, scale=scale)
         self._records = Records(folder, split, on_error)
         self.names = self._read_names(folder, split)
         if expected_count and len(self.names) != expected_count:

@@ -1,0 +1,192 @@
+"""Somebody's folder: which images have maps or annotations, and which of these are for evaluation."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from aitok_jax import paths
+from aitok_jax.data import splits
+from aitok_jax.data.sources import coco, prepared
+from aitok_jax.data.sources.files import DataError
+from aitok_jax.tasks.modalities import MODALITIES, Modality
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What there is to train on.
+
+    Attributes:
+      data: what `datasets.build` reads it by: root, and lists or JSONs.
+      train, val: how many images; 0 where prepared data says it itself.
+      categories: names of the classes of objects.
+      notes: what a person should know.
+    """
+
+    data: Mapping[str, Any]
+    train: int
+    val: int
+    categories: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+def find_maps(modality: str, root: str, lists: Path, *, maps: str = "", val: str = "", share: float = 0.15) -> Found:
+    """Images with maps of a modality, divided; the lists are written into the folder `lists`.
+
+    They are prepared data; or pairs in the layout of NYUv2; or images with maps of the same names, which are in the
+    folder `maps`, or in ROOT/MODALITY beside ROOT/images, or beside the images.
+
+    Raises:
+      FileNotFoundError: no such folder; DataError: no pairs in it.
+    """
+    folder = _folder(root)
+    if modality == prepared.MODALITY.name and (place := prepared.find(folder, "nyu")):
+        return Found({"root": str(place), "test_subfolder": ""}, 0, 0, notes=[f"prepared data in {place}"])
+    kind = MODALITIES[modality]()
+    images = folder / "images" if (folder / "images").is_dir() and not maps else folder
+    other = paths.expand(maps) if maps else folder / modality if images != folder else folder
+    if maps and not other.is_absolute() and not other.is_dir():
+        other = folder / maps
+    if not other.is_dir():
+        raise FileNotFoundError(f"{other}: no such folder of {modality} maps; give it by --config.data.maps")
+    pairs = _nyu_names(kind, images) if other == images else {}
+    pairs = pairs or {name: path for name, path in same_names(kind, images, other).items() if path.is_file()}
+    if not pairs:
+        raise DataError(
+            f"{folder}: no image with a {modality} map; expected are {kind.pair.format('NAME')} beside rgb_NAME.jpg, "
+            f"or maps of the images' names ({', '.join(kind.suffixes)}) in {folder}/{modality} beside {folder}/images, "
+            "or in the folder that --config.data.maps names"
+        )
+    chosen = to_evaluate(images, list(pairs), share, val)
+    parts = {"train": [], "val": []}
+    for name, path in pairs.items():
+        parts["val" if name in chosen else "train"].append(f"{name}\t{Path(os.path.relpath(path, images)).as_posix()}")
+    for part, lines in parts.items():
+        paths.write_text(lists / f"{part}.txt", "\n".join(lines) + "\n")
+    data = {"root": str(images), "train_list": str(lists / "train.txt"), "test_list": str(lists / "val.txt")}
+    return Found(data | {"test_subfolder": ""}, len(parts["train"]), len(parts["val"]))
+
+
+def find_objects(
+    root: str, lists: Path, *, annotations: str = "", val: str = "", share: float = 0.15, masks: bool = True
+) -> Found:
+    """Images with an instances JSON, divided; or prepared data.
+
+    The JSON is `annotations`, or the only one of its kind in ROOT or ROOT/annotations; its images are in ROOT, or in
+    ROOT/images.
+
+    Raises:
+      FileNotFoundError: no such folder or JSON; DataError: several, or annotations that are broken.
+    """
+    folder = _folder(root)
+    if place := prepared.find(folder, "coco"):
+        names = prepared.PreparedCoco(place, "train", masks=masks).categories
+        return Found({"root": str(place)}, 0, 0, names, [f"prepared data in {place}"])
+    file = paths.expand(annotations) if annotations else _instances(folder)
+    images = next((each for each in (folder, folder / "images", file.parent) if _has_images(each, file)), folder)
+    source = coco.CocoSource(images, file, masks=masks)
+    names = [entry["file_name"] for entry in source.content["images"]]
+    chosen = to_evaluate(images, names, share, val)
+    counts = {}
+    for part in ("train", "val"):
+        kept = [e for e in source.content["images"] if (e["file_name"] in chosen) == (part == "val")]
+        ids, counts[part] = {entry["id"] for entry in kept}, len(kept)
+        own = [each for each in source.content["annotations"] if each["image_id"] in ids]
+        content = {**source.content, "images": kept, "annotations": own}
+        paths.write_text(lists / f"instances_{part}.json", json.dumps(content))
+    data = {"root": str(images), "train_images": "", "test_images": ""}
+    data |= {"train_annotations": str(lists / "instances_train.json")}
+    data |= {"test_annotations": str(lists / "instances_val.json")}
+    return Found(data, counts["train"], counts["val"], source.categories)
+
+
+def to_evaluate(images: Path, names: Sequence[str], share: float, val: str = "") -> set[str]:
+    """The names to evaluate on: those of the folder `val` in `images`, or by lists there, or by `splits.choose`.
+
+    Near-duplicates across the split are counted, and said.
+    """
+    if val:
+        chosen = {name for name in names if Path(name).is_relative_to(val)}
+        if not chosen or len(chosen) == len(names):
+            raise ValueError(
+                f"val={val!r} holds {len(chosen)} of {len(names)} images in {images}; give one of its folders"
+            )
+    else:
+        chosen = splits.listed(images, names)
+        chosen = splits.choose(names, share) if chosen is None else chosen
+    splits.warn_of_near_duplicates(
+        [images / name for name in names if name not in chosen], [images / n for n in chosen]
+    )
+    return chosen
+
+
+def same_names(modality: Modality, images: Path, maps: Path) -> dict[str, Path]:
+    """The map of every image, by the image's name; it has the same name in the other folder, or none and is missing."""
+    found, others = paths.find(images, paths.IMAGE_SUFFIXES)
+    at_maps, more = paths.find(maps, modality.suffixes)
+    companions = paths.Companions([*at_maps, *more], modality.suffixes)
+    pairs, used = {}, set()
+    for path in found:
+        name = path.relative_to(images)
+        expected = (maps / name).with_suffix(modality.suffixes[0])
+        map_path = companions.of(expected) or expected
+        if map_path == path or (maps != images and path.is_relative_to(maps)):  # it is a map itself
+            continue
+        used.add(map_path)
+        pairs[name.as_posix()] = map_path
+    for kind, passed in {
+        "no image": others,
+        f"no {modality.name} map of an image": [path for path in at_maps if path not in used],
+    }.items():
+        if passed:
+            logging.warning("passed over what is %s: %s", kind, paths.listed(passed))
+    return pairs
+
+
+def _nyu_names(modality: Modality, folder: Path) -> dict[str, Path]:
+    """Images rgb_NAME with their maps, in the layout of NYUv2."""
+    found, others = paths.find(folder, paths.IMAGE_SUFFIXES)
+    companions = paths.Companions([*found, *others], modality.suffixes)
+    pairs = {}
+    for path in found:
+        if path.name.startswith("rgb_"):
+            map_path = companions.of(path.with_name(modality.pair.format(path.stem.removeprefix("rgb_"))))
+            if map_path:
+                pairs[path.relative_to(folder).as_posix()] = map_path
+    return pairs
+
+
+def _folder(root: str) -> Path:
+    if not root:
+        raise ValueError("data.root is empty; give your folder, as in --config.data.root=my_frames")
+    folder = paths.expand(root).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; set --config.data.root to your folder of images")
+    return folder
+
+
+def _instances(folder: Path) -> Path:
+    files = sorted(file for place in (folder, folder / "annotations") for file in place.glob("*.json"))
+    found = [file for file in files if {"images", "annotations", "categories"} <= _keys(file)]
+    if len(found) != 1:
+        what = f"several instances JSONs ({paths.listed(found)})" if found else "no instances JSON"
+        raise FileNotFoundError(f"{folder}: {what}; name one by --config.data.annotations=FILE")
+    return found[0]
+
+
+def _keys(file: Path) -> Collection[str]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # a JSON of somebody else
+        return set()
+    return content.keys() if isinstance(content, dict) else set()
+
+
+def _has_images(folder: Path, annotations: Path) -> bool:
+    content = json.loads(annotations.read_text(encoding="utf-8-sig")) if annotations.is_file() else {}
+    entries = content["images"][:1] if isinstance(content, dict) and isinstance(content.get("images"), list) else []
+    return any(isinstance(e, dict) and (folder / str(e.get("file_name", ""))).is_file() for e in entries)

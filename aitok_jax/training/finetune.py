@@ -1,0 +1,213 @@
+"""A plan for somebody's own data: looks at the folder, divides it, and makes the configuration of all stages.
+
+`configs/finetune.py` asks for it. The model is that of the weights to start from; a tokenizer that they lack is trained
+first; sizes and steps follow the amount of data. What is found is written to WORKDIR/data.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from aitok_jax import tasks
+from aitok_jax.config import ordered
+from aitok_jax.data import own
+from aitok_jax.tasks import MODALITIES
+from aitok_jax.training import checkpoint
+
+OBJECTS = ("instances", "detection")
+TOKENIZER = {  # of a modality that the weights have none of
+    "hidden": 16,
+    "downsample": 16,
+    "num_res_blocks": 2,
+    "num_codes": 128,
+    "code_dim": 64,
+    "use_norm": False,
+    "max_value": 10.0,
+    "soft_temperature": 1.0,
+    "restart_threshold": 0.1,
+}
+EPOCHS, STEPS = 60, (150, 3000)  # of the solver; more data has more steps, between these
+TOKENIZER_STEPS = 1500
+HARD = {"soft_input": False, "soft_detokenize": False}
+_EVALUATIONS = 5
+
+
+def plan(config: ConfigDict, workdir: str | Path) -> tuple[ConfigDict, list[str]]:
+    """The configuration with `stages`, and what a person should know of it, line by line.
+
+    Args:
+      config: `finetune` (task, size, from), `data` (root, maps, annotations, val, share, depth_scale, on_error),
+        `steps`, `batch_size` and `learning_rate`, 0 for what is proposed, and `seed`.
+
+    Raises:
+      ValueError: weights that do not do the task, or sizes that do not fit; FileNotFoundError, DataError: see `own`.
+    """
+    kind, source = config.finetune.task, config.finetune["from"]
+    saved, _ = checkpoint.load_inference(source)
+    if saved.task.name != "solver":
+        raise ValueError(f"from={source}: it is no run of a solver; give one, or from=builtin")
+    found = _find(config, kind, Path(workdir) / "data")
+    size = config.finetune.size or _size_of(saved)
+    steps = config.steps or _steps(found.train, config.batch_size)
+    stages = {}
+    task, taken_over = _task(saved, kind, size, len(found.categories))
+    tasks.build(task)  # a size that does not fit is an error before anything is trained
+    if kind in MODALITIES and not taken_over:
+        stages["tokenizer"] = _tokenizer_run(config, kind, size, task["parts"][kind]["tokenizer"], found)
+    stages[kind] = _solver_run(config, kind, size, task, found, steps, taken_over)
+    return ordered({"stages": stages}), _lines(config, kind, found, size, stages)
+
+
+def _find(config: ConfigDict, kind: str, lists: Path) -> own.Found:
+    data = config.data
+    options = {"val": data.val, "share": data.share}
+    if kind in OBJECTS:
+        return own.find_objects(data.root, lists, annotations=data.annotations, masks=kind == "instances", **options)
+    return own.find_maps(kind, data.root, lists, maps=data.maps, **options)
+
+
+def _size_of(saved: ConfigDict) -> int:
+    return max(part.image_size for part in saved.task.parts.values())
+
+
+def _steps(images: int, batch_size: int) -> int:
+    wanted = math.ceil(EPOCHS * images / (batch_size or 16))
+    return min(max(wanted, STEPS[0]), STEPS[1]) if images else STEPS[1]
+
+
+def _task(saved: ConfigDict, kind: str, size: int, classes: int) -> tuple[dict[str, Any], bool]:
+    """The fields of a solver of one part, like those of the weights, and whether they have a tokenizer for it."""
+    source = saved.to_dict()["task"]
+    shared, parts = source["shared"], source["parts"]
+    kinds = {part.setdefault("name", name): part for name, part in parts.items()}
+    wanted = "instances" if kind == "detection" else kind
+    taken_over = wanted in kinds
+    if kind in OBJECTS:
+        if not taken_over:
+            raise ValueError(f"these weights do {', '.join(kinds)}, and no {kind}; give from= a run of objects")
+        part = dict(kinds[wanted])
+        shared["vocabulary"] = {**shared.get("vocabulary", {}), "num_classes": classes}
+        if kind == "detection":
+            part |= {"tokenizer": None, "aux_weight": 0.0, **HARD}
+    elif taken_over:
+        part = dict(kinds[kind])
+    else:
+        modality = MODALITIES[kind]
+        part = next((dict(part) for name, part in kinds.items() if name in MODALITIES), {"normalize_image": True})
+        part["tokenizer"] = TOKENIZER | {"objective": modality.objective}
+    part |= {"name": wanted, "image_size": size, "loss_weight": 1.0}
+    return {"name": "solver", "shared": shared, "parts": {kind: part}}, taken_over
+
+
+def _run(config: ConfigDict, name: str, task: Mapping, data: Mapping, steps: int, **fields: Any) -> dict[str, Any]:
+    every = max(steps // _EVALUATIONS, 1)
+    return {
+        "name": name,
+        "seed": config.seed,
+        "task": task,
+        "data": data,
+        "train_steps": steps,
+        "log_every": max(min(50, steps // 20), 1),
+        "checkpoint_every": every,
+        "keep_checkpoints": 1,
+        **fields,
+    }
+
+
+def _optimizer(name: str, learning_rate: float, steps: int, weight_decay: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "learning_rate": learning_rate,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": weight_decay,
+        "layer_decay": 1.0,
+        "clip_norm": 1.0,
+        "warmup_steps": min(100, steps // 10),
+        "warmup_ratio": 0.01,
+        "schedule": {"name": "cosine", "end_factor": 0.02},
+    }
+
+
+def _maps_data(config: ConfigDict, kind: str, size: int, found: own.Found, recipe: str) -> dict[str, Any]:
+    return {
+        "name": "nyu",
+        **_common_data(config),
+        "modality": kind,
+        "depth_scale": config.data.depth_scale if kind == "depth" else 0.0,
+        "train_list": "",
+        "test_list": "",
+        "train_subfolder": "",
+        "size": size,
+        "fit": "scale",
+        "recipe": recipe,
+        "columns": (),
+        "color": True,
+        "cutdepth": "off",
+        **found.data,
+    }
+
+
+def _common_data(config: ConfigDict) -> dict[str, Any]:
+    own_keys = {"on_error": config.data.on_error, "cache": True, "expected_train": 0, "expected_test": 0}
+    return own_keys | {"also_root": "", "also_count": 0, "render": {}}
+
+
+def _tokenizer_run(config: ConfigDict, kind: str, size: int, tokenizer: Mapping, found: own.Found) -> dict[str, Any]:
+    task = {"name": "tokenizer", "parts": {kind: {"name": kind, "image_size": size, "tokenizer": dict(tokenizer)}}}
+    task["parts"][kind]["mask_ratio"] = 0.0
+    steps = config.steps or TOKENIZER_STEPS
+    return _run(
+        *(config, "tokenizer", task, {kind: _maps_data(config, kind, size, found, "tokenizer")}, steps),
+        batch_size={kind: config.batch_size or 16},
+        eval_batch_size={kind: 16},
+        eval_every=0,
+        optim=_optimizer("adamw", 1e-3, steps, 0.0),
+    )
+
+
+def _solver_run(
+    config: ConfigDict, kind: str, size: int, task: Mapping, found: own.Found, steps: int, taken_over: bool
+) -> dict[str, Any]:
+    part = task["parts"][kind]
+    if kind in OBJECTS:
+        masks = part.get("mask_size", 64) if kind == "instances" else 0
+        data = {"name": "coco", **_common_data(config), "size": size, "mask_size": masks}
+        data |= {"num_objects": part.get("num_objects", 100), "jitter": (0.8, 1.25), "order": "left_to_right"}
+        data |= {f"{part}_{what}": "" for part in ("train", "test") for what in ("images", "annotations")}
+        data |= found.data
+        best = f"{kind}/{'mask' if kind == 'instances' else 'box'}_ap50", "max"
+    else:
+        data = _maps_data(config, kind, size, found, "solver")
+        best = f"{kind}/{MODALITIES[kind].headline[0]}", MODALITIES[kind].headline[1]
+    tokenizer = {} if taken_over else {f"model_state/{kind}_tokenizer": "{workdir}/tokenizer"}
+    return _run(
+        *(config, kind, task, {kind: data}, steps),
+        batch_size={kind: config.batch_size or 16},
+        eval_batch_size={kind: 16},
+        eval_every=max(steps // _EVALUATIONS, 1),
+        best_metric=best[0],
+        best_mode=best[1],
+        optim=_optimizer("muon", config.learning_rate or 1e-3, steps, 0.05),
+        ema_decay=0.999,
+        start_from={"": config.finetune["from"], **tokenizer},
+        eval_first=True,
+        eval_baseline=kind not in OBJECTS,
+    )
+
+
+def _lines(config: ConfigDict, kind: str, found: own.Found, size: int, stages: Mapping[str, Mapping]) -> list[str]:
+    images = f"{found.train} images to train, {found.val} to evaluate on" if found.train else "; ".join(found.notes)
+    lines = [f"data: {images}"]
+    if found.categories:
+        lines.append(f"classes: {', '.join(found.categories)}")
+    lines.append(f"model: that of {config.finetune['from']}, its weights as far as they fit; images at {size} pixels")
+    for name, stage in stages.items():
+        what = "tokenizer, from random weights" if name == "tokenizer" else f"solver of {kind}"
+        batch = stage["batch_size"][kind]
+        lines.append(f"stage {name}: {what}, {stage['train_steps']} steps of {batch} images")
+    return lines
