@@ -26,7 +26,7 @@ from aitok_jax import paths
 from aitok_jax.command_line import overrides
 from aitok_jax.config import changes, format_workdir, ordered, stage_order
 from aitok_jax.parallel import processes
-from aitok_jax.training import checkpoint, keys, lock, loop, preemption, run_dir, setup
+from aitok_jax.training import checkpoint, checks, keys, lock, loop, preemption, run_dir, setup
 
 LOG = logging.getLogger("aitok_jax")
 MODES = ("train", "eval")
@@ -48,24 +48,33 @@ def run(
     if "stages" not in config:
         return _run(config, workdir, workdir, mode, unchanged)
     for stage in config.stages.values():
-        setup.check_keys(stage)
+        checks.check_keys(stage)
     with lock.held(workdir):
         return _run_stages(config, workdir, mode, unchanged)
 
 
 def _run_stages(config: ConfigDict, workdir: str | Path, mode: str, unchanged: ConfigDict | None) -> dict[str, float]:
     folder, metrics = run_dir.RunDir(workdir), {}
+    stages = {name: config.stages[name] for name in stage_order(config.stages)}
+    skipped = [name for name in stages if mode == "train" and _finished(folder.path / name, stages[name].train_steps)]
     if mode == "train":
+        left = {
+            folder.path / name: format_workdir(stages[name], str(workdir)) for name in stages if name not in skipped
+        }
+        setup.check_all(left)
         folder.write_json("config.json", config.to_dict())
-    for name in stage_order(config.stages):
-        stage, where = config.stages[name], folder.path / name
-        done = where / "metrics.json"
-        skip = mode == "train" and done.exists() and checkpoint.latest_step(where) >= stage.train_steps
-        LOG.info("stage %s in %s%s", name, where, " is finished" if skip else "")
+    for name, stage in stages.items():
+        where = folder.path / name
+        LOG.info("stage %s in %s%s", name, where, " is finished" if name in skipped else "")
         own = None if unchanged is None else unchanged.stages[name]
-        metrics |= json.loads(done.read_text()) if skip else _run(stage, where, workdir, mode, own)
+        done = name in skipped
+        metrics |= json.loads((where / "metrics.json").read_text()) if done else _run(stage, where, workdir, mode, own)
     folder.write_json("metrics.json", metrics)
     return metrics
+
+
+def _finished(folder: Path, steps: int) -> bool:
+    return (folder / "metrics.json").exists() and checkpoint.latest_step(folder) >= steps
 
 
 def _run(

@@ -26,7 +26,7 @@ from aitok_jax.data import pipeline
 from aitok_jax.parallel import overview, sharding
 from aitok_jax.tasks.base import variable_shapes
 from aitok_jax.tasks.solver import part_prefix
-from aitok_jax.training import accumulate, checkpoint, lock, optim, preemption, warm_start
+from aitok_jax.training import accumulate, checkpoint, checks, lock, optim, preemption, warm_start
 from aitok_jax.training.setup import Run, set_up
 from aitok_jax.training.state import TrainState
 
@@ -61,6 +61,7 @@ def train(
 def _train(config: ConfigDict, workdir: str | Path, changed: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     run = set_up(config, workdir)
     config = run.config
+    checks.check_disk(run.folder.path, checks.checkpoint_bytes(run.task, config, run.folder.path))
     with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as manager:
         start = manager.latest_step() or 0
         run.folder.check_data({name: data.fingerprint() for name, data in run.data.items()}, start)

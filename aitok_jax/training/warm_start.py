@@ -91,8 +91,10 @@ def _summary(paths: Iterable[str]) -> str:
     return ", ".join(sorted({"/".join(path.split("/")[:2]) for path in paths})) or "nothing"
 
 
-def start_from(variables: dict, config: ConfigDict) -> dict:
+def start_from(variables: dict, config: ConfigDict, planned: Mapping[str, dict] | None = None) -> dict:
     """Takes over weights of other runs, one entry of `config.start_from` after the other, and logs what was used.
+
+    With `planned`, folder -> variables of runs that are not trained yet, it is a check, and logs nothing.
 
     Raises:
       ValueError: weights that do not fit, or a part of `model_state`, which is never trained, that stays without.
@@ -104,9 +106,11 @@ def start_from(variables: dict, config: ConfigDict) -> dict:
                 raise ValueError(f"start_from: {prefix!r} is never trained; give the run directory of its tokenizer")
             continue
         if path not in sources:
-            sources[path] = checkpoint.load_inference(path)[1]
+            later = [run for run in planned or () if path == run or path.startswith(f"{run}/")]
+            sources[path] = planned[later[0]] if later else checkpoint.load_inference(path)[1]
         variables, report = merge(variables, sources[path], prefix)
-        LOG.info("start_from %s <- %s: %s", prefix, path, report)
+        if planned is None:
+            LOG.info("start_from %s <- %s: %s", prefix, path, report)
         if prefix.startswith("model_state") and report.missing:
             raise ValueError(f"start_from: {prefix!r} is never trained, but {path} lacks {', '.join(report.missing)}")
     return variables
