@@ -189,9 +189,12 @@ def to_json(config: ConfigDict | Mapping) -> str:
 def from_json(text: str, name: str) -> ConfigDict:
     """What `to_json` wrote; ValueError, with the file's `name`, for other text."""
     try:
-        return ordered(json.loads(text))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{name} is no configuration ({error}); give the config.json of a run") from error
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is no configuration in JSON; give the config.json of a run")
+    return ordered(values)
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -187,12 +187,13 @@ def _unknown(config: ConfigDict, key: str, text: str, options: Options) -> str:
     same = places or [name for name in valid if f".{name}".endswith(f".{general}")]
     if len(places) > 1 or (places and stages is not None):
         what = "stages" if stages is not None else "parts"
-        return (
-            f"{said}: there are several {what}; give --config.{same[-1]}={text}, or --config.all.{key}={text} for all"
-        )
+        one, every = f"--config.{same[-1]}={text}", f"--config.all.{key}={text}"
+        return f"{said}: there are several {what}; give {one}, or {every} for all of them"
     near = same[-1:] or difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
     return f"{said}; did you mean --config.{near[0]}={text}?" if near else f"{said}; the configuration is empty"
 
 
 def _leaves(run: Mapping, kinds: Mapping) -> list[str]:
-    return list(dict.fromkeys([*flatten(run), *(name for name in flatten(kinds) if "*" not in name)]))
+    """All keys but those of the evaluation once more, which are called as fields of the task are."""
+    names = dict.fromkeys([*flatten(run), *flatten(kinds)])
+    return [name for name in names if "*" not in name and not name.startswith("eval_variants")]
