@@ -186,6 +186,16 @@ def test_what_is_said_of_a_wrong_one(name, given, message):
         overridden(load(name), given)
 
 
+@pytest.mark.parametrize("arg", ["", ",parallel", ",normals"])
+def test_the_quickstart_without_soft_tokens(arg):
+    *_, solver = load("quickstart", f"soft=false{arg}").stages.values()
+    parts = tasks.build(solver.task).parts
+    assert [(part.soft_input, part.soft_detokenize, part.aux_weight) for part in parts.values()] == [
+        (False, False, 0.0) for _ in parts
+    ]
+    assert not flatten(solver.eval_variants)
+
+
 def test_arguments_of_a_command_line():
     rest, given = overrides._split(
         ["x", "--config=f.py", "--config.a=1=2", "-config.b", "3", "--noconfig.c", "--config.d"]
