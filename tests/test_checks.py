@@ -57,7 +57,7 @@ def test_a_configuration_that_can_work_trains(said):
         (
             "optim.warmup_steps=9",
             "stage joint: optim.warmup_steps=9 must be at most train_steps=8, or the learning rate never gets to "
-            "optim.learning_rate; give --config.optim.warmup_steps=0 too",
+            "optim.learning_rate; give --config.stages.joint.optim.warmup_steps=0 too",
         ),
         ("batch_size.depth=0", "stage joint: batch_size.depth=0 must be at least 1"),
         ("eval_batch_size.instances=-1", "stage joint: eval_batch_size.instances=-1 must be at least 1"),
@@ -69,7 +69,7 @@ def test_a_configuration_that_can_work_trains(said):
         ("task.shared.backbone.windows=0", "windows[0]=0 must be at least 1"),
         (
             "task.shared.vocabulary.num_classes=5",
-            "the data has 9 categories, more than vocabulary.num_classes=5; give ",
+            "more than vocabulary.num_classes=5; give --config.stages.joint.task.shared.vocabulary.num_classes=9",
         ),
         ("task.shared.transformer.max_length=50", "more than max_length=50"),
         ("data.depth.size=32", "stage joint: depth: data.size=32 must be task.image_size=64; change one of them"),

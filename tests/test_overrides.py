@@ -100,6 +100,7 @@ def test_every_field_of_a_task_can_be_set(name):
     [
         ("nyu", ["task.eval_crop=none"], {"task.eval_crop": None}),
         ("nyu", ["task.backbone.patch=8"], {"task.backbone.patch": 8}),
+        ("nyu", ["task.file_scale=100"], {"task.file_scale": 100.0}),
         ("nyu", ["task.tokenizer.decay=.9"], {"task.tokenizer.decay": 0.9}),
         ("nyu", ["data.columns=41,601"], {"data.columns": (41, 601)}),
         ("nyu", ["data.render.train=1e1"], {"data.render.train": 10}),

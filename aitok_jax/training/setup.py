@@ -63,7 +63,8 @@ def check_all(runs: Mapping[Path, ConfigDict]) -> None:
             if checkpoint.latest_step(folder) < 0:
                 checks.check_start_from(run.task, run.config, planned)
         except ValueError as error:
-            raise ValueError(f"stage {folder.name}: {error}") from error
+            text = str(error).replace("--config.", f"--config.stages.{folder.name}.")
+            raise ValueError(f"stage {folder.name}: {text}") from error
         planned[str(folder)] = variable_shapes(run.task)
         needed += checks.checkpoint_bytes(run.task, run.config, folder)
     checks.check_disk(next(iter(runs), Path()), needed)
