@@ -1,10 +1,11 @@
 """Trains and evaluates.
 
     python -m aitok_jax.main --config=configs/X.py[:name=value,...] --workdir=DIR [--mode=train|eval]
-        [--config.key=value ...] [--multihost | --coordinator=HOST:PORT --num_processes=N --process_id=I]
+        [--config.key=value ...] [--dry_run] [--multihost | --coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 The same command goes on from the latest checkpoint in DIR, and so does `--workdir=DIR` alone, with the configuration
 that the run has; `--mode=eval` evaluates that checkpoint and trains nothing.
+`--dry_run` checks everything, says what would be done and for how long, and trains nothing.
 `--config.all.key=value` sets a key of all stages; see `aitok_jax.command_line.overrides`.
 SIGTERM and SIGINT save the step under way and exit with 143 or 130 (see `preemption`); errors exit with 1,
 and with `--verbosity=1` show where they come from.
@@ -46,8 +47,7 @@ def run(
         raise ValueError(f"mode={mode!r} must be one of {MODES}")
     config, workdir = ordered(config), paths.expand(workdir) if str(workdir).strip() else workdir
     if "finetune" in config:
-        config, lines = finetune.plan(config, workdir)
-        LOG.info("the plan:\n  %s", "\n  ".join(lines))
+        config, unchanged = finetune.plan(config, workdir), None
     if "stages" not in config:
         return _run(config, workdir, workdir, mode, unchanged)
     for stage in config.stages.values():
@@ -88,6 +88,21 @@ def _run(
         return loop.evaluate(config, folder)
     changed = {} if unchanged is None else changes(format_workdir(unchanged, str(workdir)), config)
     return loop.train(config, folder, changed)
+
+
+def dry_run(config: ConfigDict | Mapping, workdir: str | Path) -> None:
+    """Checks a config, or all its stages, and logs what it would do, and for how long; trains nothing."""
+    config, workdir = ordered(config), paths.expand(workdir)
+    if "finetune" in config:
+        config = finetune.plan(config, workdir)
+    stages = {name: config.stages[name] for name in stage_order(config.stages)} if "stages" in config else {"": config}
+    runs = {workdir / name: format_workdir(stage, str(workdir)) for name, stage in stages.items()}
+    for folder, run in setup.check_all(runs).items():
+        compilation, step = loop.trial(run)
+        LOG.info(
+            "%s: %d steps of %.2f s, %.0f s to compile: about %.0f minutes, and the evaluations",
+            *(folder, run.config.train_steps, step, compilation, (compilation + step * run.config.train_steps) / 60),
+        )
 
 
 def parse_flags(argv: list[str]) -> overrides.Parsed:
@@ -131,6 +146,9 @@ def main(parsed: overrides.Parsed) -> None:
     use_compilation_cache()
     try:
         with preemption.handled():
+            if flags.FLAGS.dry_run:
+                dry_run(parsed.config, flags.FLAGS.workdir)
+                return
             metrics = run(parsed.config, flags.FLAGS.workdir, flags.FLAGS.mode, parsed.unchanged)
     except (ValueError, OSError, FloatingPointError) as error:
         LOG.debug("", exc_info=True)
@@ -143,6 +161,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Configuration file, with :arguments; that of the run in --workdir if none.")
     flags.DEFINE_string("workdir", None, "Run directory, made where absent.")
     flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+    flags.DEFINE_bool("dry_run", False, "Only check everything, and say what would be done and for how long.")
     flags.DEFINE_bool("multihost", False, "One of several processes, as its surroundings say (TPU pods, Slurm).")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
     flags.DEFINE_integer("num_processes", None, "How many processes there are.")

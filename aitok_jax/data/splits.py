@@ -27,7 +27,7 @@ def choose(names: Sequence[str], share: float) -> set[str]:
     """The names to evaluate on, about a `share` of all and at least one, from relative paths.
 
     Whole folders, where some come near the share; else whole runs of names with consecutive numbers; else the end of
-    every folder's names. Which of several is decided by a hash of the name, so that more data does not change it.
+    every folder's names. Which of several is decided by a hash of the name, so that more data changes little.
 
     Raises:
         ValueError: fewer than two names, or a share outside 0..1.
@@ -35,9 +35,7 @@ def choose(names: Sequence[str], share: float) -> set[str]:
     if not 0 < share < 1:
         raise ValueError(f"the share to evaluate on, {share}, must be between 0 and 1; 0.1 is usual")
     if len(names) < 2:
-        raise ValueError(
-            f"{len(names)} images cannot be divided into those to train and those to evaluate on; add some"
-        )
+        raise ValueError(f"{len(names)} images are too few to train with some and evaluate on others; add some")
     for group_of in (_folder, _runs(names)):
         if chosen := _near(names, group_of, share * len(names)):
             return chosen
@@ -118,7 +116,7 @@ def _near(names: Sequence[str], group_of: Callable[[str], Hashable], wanted: flo
     for key in sorted(groups, key=lambda key: digest(str(key).encode())):
         if len(chosen) + len(groups[key]) <= MOST * wanted:
             chosen |= groups[key]
-        if len(chosen) >= wanted:
+        if len(chosen) >= round(wanted):
             break
     return chosen if len(chosen) >= wanted / MOST and len(chosen) < len(names) else set()
 

@@ -4,6 +4,7 @@
 first; sizes and steps follow the amount of data. What is found is written to WORKDIR/data.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from aitok_jax.data import own
 from aitok_jax.tasks import MODALITIES
 from aitok_jax.training import checkpoint
 
+LOG = logging.getLogger(__name__)
 OBJECTS = ("instances", "detection")
 TOKENIZER = {  # of a modality that the weights have none of
     "hidden": 16,
@@ -29,14 +31,17 @@ TOKENIZER = {  # of a modality that the weights have none of
     "soft_temperature": 1.0,
     "restart_threshold": 0.1,
 }
-EPOCHS, STEPS = 60, (150, 3000)  # of the solver; more data has more steps, between these
+STEPS = {  # of the solver: so many epochs, between these numbers of steps
+    "maps": (30, 100, 3000),
+    "objects": (500, 1000, 6000),
+}
 TOKENIZER_STEPS = 1500
 HARD = {"soft_input": False, "soft_detokenize": False}
 _EVALUATIONS = 5
 
 
-def plan(config: ConfigDict, workdir: str | Path) -> tuple[ConfigDict, list[str]]:
-    """The configuration with `stages`, and what a person should know of it, line by line.
+def plan(config: ConfigDict, workdir: str | Path) -> ConfigDict:
+    """The configuration with `stages`; logs what a person should know of it.
 
     Args:
       config: `finetune` (task, size, from), `data` (root, maps, annotations, val, share, depth_scale, on_error),
@@ -51,14 +56,15 @@ def plan(config: ConfigDict, workdir: str | Path) -> tuple[ConfigDict, list[str]
         raise ValueError(f"from={source}: it is no run of a solver; give one, or from=builtin")
     found = _find(config, kind, Path(workdir) / "data")
     size = config.finetune.size or _size_of(saved)
-    steps = config.steps or _steps(found.train, config.batch_size)
+    steps = config.steps or _steps(kind, found.train, config.batch_size)
     stages = {}
     task, taken_over = _task(saved, kind, size, len(found.categories))
     tasks.build(task)  # a size that does not fit is an error before anything is trained
     if kind in MODALITIES and not taken_over:
         stages["tokenizer"] = _tokenizer_run(config, kind, size, task["parts"][kind]["tokenizer"], found)
     stages[kind] = _solver_run(config, kind, size, task, found, steps, taken_over)
-    return ordered({"stages": stages}), _lines(config, kind, found, size, stages)
+    LOG.info("the plan:\n  %s", "\n  ".join(_lines(config, kind, found, size, stages)))
+    return ordered({"stages": stages})
 
 
 def _find(config: ConfigDict, kind: str, lists: Path) -> own.Found:
@@ -73,9 +79,9 @@ def _size_of(saved: ConfigDict) -> int:
     return max(part.image_size for part in saved.task.parts.values())
 
 
-def _steps(images: int, batch_size: int) -> int:
-    wanted = math.ceil(EPOCHS * images / (batch_size or 16))
-    return min(max(wanted, STEPS[0]), STEPS[1]) if images else STEPS[1]
+def _steps(kind: str, images: int, batch_size: int) -> int:
+    epochs, least, most = STEPS["objects" if kind in OBJECTS else "maps"]
+    return min(max(math.ceil(epochs * images / (batch_size or 16)), least), most) if images else most
 
 
 def _task(saved: ConfigDict, kind: str, size: int, classes: int) -> tuple[dict[str, Any], bool]:

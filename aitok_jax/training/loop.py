@@ -85,7 +85,7 @@ def _train(config: ConfigDict, workdir: str | Path, changed: Mapping[str, tuple[
             metrics = evaluate_all(run, state.inference_params, state.model_state)
             _record(run, state, metrics)
         if config.eval_first:
-            metrics |= {f"before/{name}": value for name, value in run.folder.first_evaluation().items()}
+            metrics |= {f"before/{name}": value for name, value in run.folder.evaluations()[0].items()}
         run.folder.write_json("metrics.json", metrics)
     return metrics
 
@@ -132,10 +132,24 @@ def first_batches(run: Run, start: int) -> tuple[Iterator[dict], Batch]:
     return itertools.chain([first], batches), sharding.shard_batch(first, run.mesh)
 
 
+def trial(run: Run, steps: int = 3) -> tuple[float, float]:
+    """Seconds that the training step takes to compile, and to run; from random weights, and nothing is written."""
+    batches, example = first_batches(run, 0)
+    optimizer, key = optim.make_optimizer(run.config.optim, run.config.train_steps), random_key(run.config)
+    state, shardings = restore_or_init(run, None, optimizer, example)
+    started = time.perf_counter()
+    step = _compile(make_step(run, optimizer, shardings), state, example, key)
+    compiled = time.perf_counter()
+    for _ in range(steps):
+        state, metrics = step(state, sharding.shard_batch(next(batches), run.mesh), key)
+    jax.block_until_ready(metrics)
+    return compiled - started, (time.perf_counter() - compiled) / steps
+
+
 def restore_or_init(
-    run: Run, manager: ocp.CheckpointManager, optimizer: optax.GradientTransformation, example: Batch
+    run: Run, manager: ocp.CheckpointManager | None, optimizer: optax.GradientTransformation, example: Batch
 ) -> tuple[TrainState, TrainState]:
-    """The state on its devices, from the latest checkpoint or new, and its shardings."""
+    """The state on its devices, from the latest checkpoint or new, and its shardings; without a manager, random."""
 
     def init(batch, key):
         rng = jax.random.fold_in(jax.random.wrap_key_data(key), _INIT)
@@ -151,10 +165,11 @@ def restore_or_init(
     LOG.info("parameters:\n%s", overview.parameter_table(abstract.params, shardings.params))
     LOG.info("on each device: %s", overview.describe(overview.state_memory(abstract, shardings)))
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    state = checkpoint.restore_latest(manager, target, run.config)
+    state = None if manager is None else checkpoint.restore_latest(manager, target, run.config)
     if state is None:
         parts = {"params": shardings.params, "model_state": shardings.model_state}
-        variables = warm_start.start_from(jax.jit(init, out_shardings=parts)(example, key), run.config)
+        variables = jax.jit(init, out_shardings=parts)(example, key)
+        variables = variables if manager is None else warm_start.start_from(variables, run.config)
         state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(_put(variables, parts))
     return state, shardings
 

@@ -115,11 +115,14 @@ class RunDir:
         speeds = {"steps_per_sec": speed, "images_per_sec": speed * self._batch_size}
         self._write(step, {name: float(value) for name, value in metrics.items()} | speeds, "train/")
 
-    def first_evaluation(self) -> dict[str, float]:
-        """What was measured before the first step."""
-        lines = (self.path / "metrics.jsonl").read_text().splitlines()
-        first = next((line for line in map(json.loads, lines) if line["step"] == 0), {})
-        return {name: math.nan if value is None else value for name, value in first.items() if name != "step"}
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """What the evaluations measured, by step."""
+        lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        return {
+            line.pop("step"): {name: math.nan if value is None else value for name, value in line.items()}
+            for line in lines
+            if "loss" not in line
+        }
 
     def configuration(self, step: int, config: Mapping, changed: Mapping[str, tuple[Any, Any]]) -> None:
         """Shows the configuration in TensorBoard, as text and as hyper-parameters; what is `changed` comes first."""

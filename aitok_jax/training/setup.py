@@ -47,8 +47,8 @@ def set_up(config: ConfigDict, workdir: str | Path) -> Run:
     return dataclasses.replace(run, folder=run_dir.RunDir(workdir))
 
 
-def check_all(runs: Mapping[Path, ConfigDict]) -> None:
-    """All that can be wrong with runs that come one after the other, before the first of them.
+def check_all(runs: Mapping[Path, ConfigDict]) -> dict[Path, Run]:
+    """All that can be wrong with runs that come one after the other, before the first of them; returns their set-ups.
 
     Args:
       runs: folder -> configuration.
@@ -56,10 +56,10 @@ def check_all(runs: Mapping[Path, ConfigDict]) -> None:
     Raises:
       ValueError, OSError: as `loop.train`, with the name of the folder.
     """
-    needed, planned = 0, {}
+    needed, planned, checked = 0, {}, {}
     for folder, config in runs.items():
         try:
-            run = _checked(config, folder)
+            run = checked[folder] = _checked(config, folder)
             if checkpoint.latest_step(folder) < 0:
                 checks.check_start_from(run.task, run.config, planned)
         except ValueError as error:
@@ -68,6 +68,7 @@ def check_all(runs: Mapping[Path, ConfigDict]) -> None:
         planned[str(folder)] = run.config, variable_shapes(run.task)
         needed += checks.checkpoint_bytes(run.task, run.config, folder)
     checks.check_disk(next(iter(runs), Path()), needed)
+    return checked
 
 
 def _checked(config: ConfigDict, folder: Path) -> Run:
