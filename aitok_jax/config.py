@@ -4,19 +4,18 @@ Within the package a run's task is made of parts, and data, batch sizes and vari
 one place that knows the shorter form of a run of one part, and what earlier versions wrote.
 """
 
+import ast
 import dataclasses
 import difflib
-import graphlib
 import json
+import math
+import numbers
 import re
-import sys
-import traceback
+import types
 import typing
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict
 
 
@@ -38,23 +37,93 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
         name, given, text = (piece.strip() for piece in part.partition("="))
         if name not in defaults:
             raise ValueError(f"config argument {unknown(name, defaults)}")
-        values[name] = _parse_value(name, text if given else None, type(defaults[name]))
+        kind = type(defaults[name])
+        try:
+            values[name] = typed(name, from_text("true" if kind is bool and not given else text, kind), kind)
+        except ValueError as error:
+            raise ValueError(f"config argument {error}, as in {name}={kind(1)}") from None
     return ConfigDict(values)
 
 
-def _parse_value(name: str, text: str | None, kind: type) -> Any:
-    if kind is bool:
-        words = {None: True, "true": True, "1": True, "false": False, "0": False}
-        key = text.lower() if text is not None else None
-        if key in words:
-            return words[key]
-    elif text is not None:
+_WORDS = {"none": None, "null": None, "true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_BARE = re.compile(r"""'[^']*'|"[^"]*"|[^\s,:()\[\]{}'"](?:[^,:()\[\]{}'"]|:(?=/))*""")
+
+
+def from_text(text: str, kind: Any = None) -> Any:
+    """What is meant by the text of a command line where a value of `kind` (see `typed`) is wanted.
+
+    Text stays text where text is wanted. Else none, true, yes, off, numbers; (1, 2), [1, 2], 1,2 and {a: 1}, whose
+    words need no quotes; and text, where it is nothing of this.
+    """
+    if kind is str or (str in typing.get_args(kind) and text.lower() != "none"):
+        return _unquoted(text)
+    if not re.match(r"[\[({]", text.strip()) and "," not in text:
+        return _word(text.strip())
+    try:
+        return ast.literal_eval(_BARE.sub(lambda bare: repr(_word(bare[0].strip())), text.strip()))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _word(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for number in (int, float):
         try:
-            return kind(text)
+            return number(text)
         except ValueError:
-            pass
-    example = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a word")
-    raise ValueError(f"config argument {name}={text or ''} must be {example}, as in {name}={kind(1)}")
+            continue
+    return _unquoted(text)
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+_CALLED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """`value`, as one of `kind`; ValueError that begins with `name` where it is none.
+
+    Args:
+      kind: bool, int (1e3 is one), float, str, tuple, the type hint of a dataclass's field, or {key: kind} of a
+        mapping. What is none of this, such as None, allows all.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and types.NoneType in inner:
+            return None
+        return typed(name, value, next(each for each in inner if each is not types.NoneType))
+    if kind is tuple or origin in (tuple, Sequence):
+        return _typed_sequence(name, value, kind, inner)
+    if isinstance(kind, Mapping) and isinstance(value, str) and kind.get("*") == str | None:
+        return value  # one text in the place of all
+    if isinstance(kind, Mapping) or dataclasses.is_dataclass(kind):
+        if value is None or isinstance(value, Mapping | ConfigDict):
+            return value
+        raise ValueError(f"{name}={value!r} must be a mapping, such as {{}} or {{key: value}}")
+    if kind is bool and value in (0, 1):
+        return bool(value)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind in (int, float) and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if math.isfinite(value) and (kind is float or float(value).is_integer()):
+            return kind(value)
+    elif kind not in _CALLED:
+        return value
+    raise ValueError(f"{name}={value if isinstance(value, str) else repr(value)} must be {_CALLED[kind]}")
+
+
+def _typed_sequence(name: str, value: Any, kind: Any, inner: tuple) -> tuple:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if value is None or isinstance(value, Mapping | ConfigDict):
+        raise ValueError(f"{name}={value} must be a list, such as (1, 2)")
+    if typing.get_origin(kind) is tuple and inner and Ellipsis not in inner:
+        if len(values) != len(inner):
+            raise ValueError(f"{name}={values} must have {len(inner)} values")
+        return tuple(typed(name, each, own) for each, own in zip(values, inner, strict=True))
+    return tuple(typed(name, each, inner[0] if inner else None) for each in values)
 
 
 def unknown(name: str, valid: Iterable[str]) -> str:
@@ -65,50 +134,16 @@ def unknown(name: str, valid: Iterable[str]) -> str:
     return f"{name!r} is unknown;{hint} valid: {', '.join(valid) or '(none)'}"
 
 
-def unknown_flag(argv: Iterable[str], config: ConfigDict) -> str:
-    """The message for the first '--config.KEY' of the command line that the config lacks; '' where there is none."""
-    leaves = list(flatten(config))
-    valid = {".".join(leaf.split(".")[:n]) for leaf in leaves for n in range(1, leaf.count(".") + 2)}
-    for argument in argv:
-        key = re.match(r"--?config\.([^=]+)", argument)
-        if key and re.sub(r"\[.*", "", key[1]) not in valid:
-            near = difflib.get_close_matches(key[1], leaves, n=1, cutoff=0.0)
-            return f"--config.{key[1]} is unknown; did you mean --config.{near[0]}?"
-    return ""
+def field_types(cls: type) -> dict[str, Any]:
+    """The fields that `build_dataclass` takes, with their types."""
+    hints = typing.get_type_hints(cls)
+    own = (field.name for field in dataclasses.fields(cls) if field.init)
+    return {name: hints[name] for name in own if name not in ("parent", *(("name",) if _is_module(cls) else ()))}
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """The positional arguments; a wrong flag, or a wrong configuration in --config, ends the program with one line."""
-    _let_configs_import_each_other(argv)
-    try:
-        args = flags.FLAGS(argv)
-        if flags.FLAGS["config"].value is not None:
-            len(flags.FLAGS.config.keys())  # an unreadable file is an error only here
-    except (TypeError, ValueError, OSError, flags.Error) as error:
-        lines = str(error).strip().splitlines()
-        sys.exit(f"error: {lines[-1] if 'Traceback' in str(error) else ' '.join(lines)}")
-    except Exception as error:  # the file is a program: anything
-        sys.exit(f"error: {_broken_config(argv, error)}")
-    return args
-
-
-def _broken_config(argv: Iterable[str], error: Exception) -> str:
-    """What is wrong: the file, or an override of a key that it has not."""
-    path = re.search(r" --?config[= ](\S+)", " ".join(argv))[1]
-    try:
-        config = flags.FLAGS["config"].parser.parse(path)
-    except Exception as inside:  # as above
-        file = path.partition(":")[0]
-        lines = [frame.lineno for frame in traceback.extract_tb(inside.__traceback__) if frame.filename.endswith(file)]
-        where = f", line {lines[-1]}" if lines else ""
-        return f"{file}{where}: {type(inside).__name__}: {inside}; correct the configuration"
-    return unknown_flag(argv, config) or str(error)
-
-
-def _let_configs_import_each_other(argv: Iterable[str]) -> None:
-    """Puts the folder that holds the configuration's package (configs/) where Python looks for modules."""
-    for path in re.findall(r" --?config[= ]([^\s:]+)", " ".join(argv)):
-        sys.path.insert(0, str(Path(path).absolute().parents[1]))
+def _is_module(cls: type) -> bool:
+    """Flax gives its modules the fields `parent` and `name`."""
+    return any(field.name == "parent" for field in dataclasses.fields(cls))
 
 
 def build_dataclass(cls: type, config: Mapping) -> Any:
@@ -153,6 +188,17 @@ def to_json(config: ConfigDict | Mapping) -> str:
     return json.dumps(plain, indent=2)
 
 
+def from_json(text: str, name: str) -> ConfigDict:
+    """What `to_json` wrote; ValueError, with the file's `name`, for other text."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is no configuration in JSON; give the config.json of a run")
+    return ordered(values)
+
+
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
     """{'task.name': value, ...}: the leaves of a nested mapping under dotted names."""
     flat = {}
@@ -164,15 +210,35 @@ def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def changes(before: Mapping, after: Mapping) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value before, value after) where two configurations of a run differ; None where there is none."""
+    old, new = (flatten(json.loads(to_json(translated(config)))) for config in (before, after))
+    return {key: (old.get(key), new.get(key)) for key in new | old if old.get(key) != new.get(key)}
+
+
+def short_key(key: str, task: Mapping) -> str:
+    """A key of the form of parts as a run of one part may write it."""
+    if len(task["parts"]) > 1:
+        return key
+    (part,) = task["parts"]
+    for long in (f"task.parts.{part}.", "task.shared."):
+        if key.startswith(long):
+            return f"task.{key.removeprefix(long)}"
+    names = key.split(".")
+    return ".".join([names[0], *names[2:]]) if names[0] in PER_PART and names[1:2] == [part] else key
+
+
 def ordered(values: Mapping | ConfigDict) -> ConfigDict:
-    """A ConfigDict whose keys, at every level, keep the order that they are given in."""
-    nested = {k: ordered(v) if isinstance(v, Mapping | ConfigDict) else v for k, v in values.items()}
+    """A ConfigDict whose keys, at every level, keep the order that they are given in (ml_collections sorts them)."""
+    keys = values._fields if isinstance(values, ConfigDict) else values
+    each = {key: values[key] for key in keys}
+    nested = {k: ordered(v) if isinstance(v, Mapping | ConfigDict) else v for k, v in each.items()}
     return ConfigDict(nested, sort_keys=False)
 
 
 SHARED = ("backbone", "transformer", "vocabulary", "init_variance")  # fields of a solver's task that its parts share
-_PER_PART = ("data", "batch_size", "eval_batch_size", "eval_variants")
-_DEFAULTS = {  # keys that configurations of earlier versions may lack
+PER_PART = ("data", "batch_size", "eval_batch_size", "eval_variants")
+DEFAULTS = {  # keys that configurations of earlier versions may lack
     **{"ema_decay": 0.0, "fsdp": 1, "accumulate": 1, "start_from": {}, "categories": ()},
     **{"eval_variants": {}, "eval_baseline": False, "eval_first": False, "best_metric": "", "best_mode": "min"},
 }
@@ -181,13 +247,13 @@ _DATA_DEFAULTS = {"also_root": "", "also_count": 0}
 
 def translated(config: Mapping | ConfigDict) -> ConfigDict:
     """The configuration of a run with a task made of parts, and `data`, `batch_size`, ... by part."""
-    plain = {**_DEFAULTS, **(config.to_dict() if isinstance(config, ConfigDict) else config)}
+    plain = {**DEFAULTS, **(config.to_dict() if isinstance(config, ConfigDict) else config)}
     if isinstance(plain["start_from"], str):
         plain["start_from"] = {"": plain["start_from"]}
     task = translated_task(plain["task"], plain.get("name"))
     if not _has_parts(plain["task"]) and "parts" in task:
         (part,) = task["parts"]
-        plain |= {key: {part: plain[key]} for key in _PER_PART if key in plain}
+        plain |= {key: {part: plain[key]} for key in PER_PART if key in plain}
     if "data" in plain:
         plain["data"] = {part: _data(fields) for part, fields in plain["data"].items()}
     return ordered({**plain, "task": task})
@@ -244,13 +310,22 @@ def _shared(shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage_order(stages: ConfigDict) -> list[str]:
-    """The names of a config's stages: a stage that mentions '{workdir}/OTHER' comes after OTHER."""
-    mentioned = {name: to_json(stage) for name, stage in stages.items()}
-    needs = {
-        name: [other for other in stages if other != name and re.search(rf"{{workdir}}/{other}\b", mentioned[name])]
-        for name in stages
-    }
-    return list(graphlib.TopologicalSorter(needs).static_order())
+    """The names of a config's stages in the order written, but that which mentions '{workdir}/OTHER' after OTHER."""
+    needs = {name: {other for other in stages if other != name and mentions(stages[name], other)} for name in stages}
+    order: list[str] = []
+    while left := [name for name in stages if name not in order]:
+        ready = [name for name in left if needs[name] <= set(order)]
+        if not ready:
+            raise ValueError(
+                f"the stages {', '.join(left)} wait for each other: let one of them not mention the others"
+            )
+        order.append(ready[0])
+    return order
+
+
+def mentions(stage: ConfigDict, other: str) -> bool:
+    """Whether a stage reads what another one leaves."""
+    return re.search(rf"{{workdir}}/{re.escape(other)}\b", to_json(stage)) is not None
 
 
 def format_workdir(config: ConfigDict, workdir: str) -> ConfigDict:

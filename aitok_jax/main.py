@@ -3,7 +3,9 @@
     python -m aitok_jax.main --config=configs/X.py[:name=value,...] --workdir=DIR [--mode=train|eval]
         [--config.key=value ...] [--multihost | --coordinator=HOST:PORT --num_processes=N --process_id=I]
 
-The same command goes on from the latest checkpoint in DIR; `--mode=eval` evaluates that checkpoint and trains nothing.
+The same command goes on from the latest checkpoint in DIR, and so does `--workdir=DIR` alone, with the configuration
+that the run has; `--mode=eval` evaluates that checkpoint and trains nothing.
+`--config.all.key=value` sets a key of all stages; see `aitok_jax.command_line.overrides`.
 SIGTERM and SIGINT save the step under way and exit with 143 or 130 (see `preemption`); errors exit with 1,
 and with `--verbosity=1` show where they come from.
 Several processes are one run with `--multihost` on each (TPU pods, Slurm), or with the flags that say who they are.
@@ -18,59 +20,95 @@ from pathlib import Path
 import absl.logging
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from aitok_jax import config as configuration
 from aitok_jax import paths
-from aitok_jax.config import format_workdir, ordered, stage_order
+from aitok_jax.command_line import overrides
+from aitok_jax.config import changes, format_workdir, ordered, stage_order
 from aitok_jax.parallel import processes
-from aitok_jax.training import checkpoint, finetune, lock, loop, preemption, run_dir, setup
+from aitok_jax.training import checkpoint, checks, finetune, keys, lock, loop, preemption, run_dir, setup
 
 LOG = logging.getLogger("aitok_jax")
-MODES = {"train": loop.train, "eval": loop.evaluate}
+MODES = ("train", "eval")
 PROCESSES = ("multihost", "coordinator", "num_processes", "process_id")
 
 
-def run(config: ConfigDict | Mapping, workdir: str | Path, mode: str = "train") -> dict[str, float]:
+def run(
+    config: ConfigDict | Mapping, workdir: str | Path, mode: str = "train", unchanged: ConfigDict | None = None
+) -> dict[str, float]:
     """Trains or evaluates a config of one run, or its `stages` one after the other, each in WORKDIR/STAGE.
 
-    A stage that mentions '{workdir}/OTHER' runs after the stage OTHER; one that is finished is not trained again.
+    Stages run in the order written, but one that mentions '{workdir}/OTHER' after the stage OTHER; one that is finished
+    is not trained again. `unchanged` is the configuration as its file has it, to show what was changed.
     Returns the metrics of all stages, also written to WORKDIR/metrics.json.
     """
     if mode not in MODES:
-        raise ValueError(f"mode={mode!r} must be one of {tuple(MODES)}")
+        raise ValueError(f"mode={mode!r} must be one of {MODES}")
     config, workdir = ordered(config), paths.expand(workdir) if str(workdir).strip() else workdir
     if "finetune" in config:
-        config, lines = finetune.plan(config, workdir)
+        (config, lines), unchanged = finetune.plan(config, workdir), None
         LOG.info("the plan:\n  %s", "\n  ".join(lines))
     if "stages" not in config:
-        return MODES[mode](format_workdir(config, str(workdir)), workdir)
+        return _run(config, workdir, workdir, mode, unchanged)
     for stage in config.stages.values():
-        setup.check_keys(stage)
+        checks.check_keys(stage)
     with lock.held(workdir):
-        return _run_stages(config, workdir, mode)
+        return _run_stages(config, workdir, mode, unchanged)
 
 
-def _run_stages(config: ConfigDict, workdir: str | Path, mode: str) -> dict[str, float]:
+def _run_stages(config: ConfigDict, workdir: str | Path, mode: str, unchanged: ConfigDict | None) -> dict[str, float]:
     folder, metrics = run_dir.RunDir(workdir), {}
-    folder.write_json("config.json", config.to_dict())
-    for name in stage_order(config.stages):
-        stage = format_workdir(config.stages[name], str(workdir))
-        done = folder.path / name / "metrics.json"
-        skip = mode == "train" and done.exists() and checkpoint.latest_step(done.parent) >= stage.train_steps
-        LOG.info("stage %s in %s%s", name, done.parent, " is finished" if skip else "")
-        metrics |= json.loads(done.read_text()) if skip else MODES[mode](stage, done.parent)
+    stages = {name: config.stages[name] for name in stage_order(config.stages)}
+    skipped = [name for name in stages if mode == "train" and _finished(folder.path / name, stages[name].train_steps)]
+    if mode == "train":
+        left = {
+            folder.path / name: format_workdir(stages[name], str(workdir)) for name in stages if name not in skipped
+        }
+        setup.check_all(left)
+        folder.write_json("config.json", config.to_dict())
+    for name, stage in stages.items():
+        where = folder.path / name
+        LOG.info("stage %s in %s%s", name, where, " is finished" if name in skipped else "")
+        own = None if unchanged is None else unchanged.stages[name]
+        done = name in skipped
+        metrics |= json.loads((where / "metrics.json").read_text()) if done else _run(stage, where, workdir, mode, own)
     folder.write_json("metrics.json", metrics)
     return metrics
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    args = configuration.parse_flags(argv)
-    if None in (flags.FLAGS["config"].value, flags.FLAGS.workdir):
-        sys.exit("error: --config=configs/X.py and --workdir=DIR must be given")
+def _finished(folder: Path, steps: int) -> bool:
+    return (folder / "metrics.json").exists() and checkpoint.latest_step(folder) >= steps
+
+
+def _run(
+    config: ConfigDict, folder: str | Path, workdir: str | Path, mode: str, unchanged: ConfigDict | None
+) -> dict[str, float]:
+    config = format_workdir(config, str(workdir))
+    if mode == "eval":
+        return loop.evaluate(config, folder)
+    changed = {} if unchanged is None else changes(format_workdir(unchanged, str(workdir)), config)
+    return loop.train(config, folder, changed)
+
+
+def parse_flags(argv: list[str]) -> overrides.Parsed:
+    parsed = overrides.parse_flags(argv, keys.run_options, _config_of_run)
+    if len(parsed.arguments) > 1:
+        sys.exit(f"error: {parsed.arguments[1]!r} is no option; keys are given as --config.KEY=VALUE")
+    if flags.FLAGS.workdir is None or (parsed.config is None and not flags.FLAGS.workdir.strip()):
+        sys.exit("error: --config=configs/X.py and --workdir=DIR must be given; to go on, --workdir=DIR alone")
     if not flags.FLAGS.workdir.strip():
         sys.exit("error: --workdir is empty (is a variable unset?); give a folder for the run")
-    return args
+    if parsed.config is None:
+        sys.exit(f"error: {flags.FLAGS.workdir} has no config.json of a run; give --config=configs/X.py")
+    return parsed
+
+
+def _config_of_run() -> str | None:
+    """The configuration that the run in --workdir has, where there is one."""
+    if not (flags.FLAGS.workdir or "").strip():
+        return None
+    file = paths.expand(flags.FLAGS.workdir) / "config.json"
+    return str(file) if file.is_file() else None
 
 
 def use_compilation_cache() -> None:
@@ -83,7 +121,7 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "aitok_jax"))
 
 
-def main(_: list[str]) -> None:
+def main(parsed: overrides.Parsed) -> None:
     LOG.setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO)
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells a lot
     try:
@@ -93,7 +131,7 @@ def main(_: list[str]) -> None:
     use_compilation_cache()
     try:
         with preemption.handled():
-            metrics = run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode)
+            metrics = run(parsed.config, flags.FLAGS.workdir, flags.FLAGS.mode, parsed.unchanged)
     except (ValueError, OSError, FloatingPointError) as error:
         LOG.debug("", exc_info=True)
         sys.exit(f"error: {error}")
@@ -102,9 +140,9 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Configuration file, with :arguments.", lock_config=True)
+    flags.DEFINE_string("config", None, "Configuration file, with :arguments; that of the run in --workdir if none.")
     flags.DEFINE_string("workdir", None, "Run directory, made where absent.")
-    flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
+    flags.DEFINE_enum("mode", "train", MODES, "What to do.")
     flags.DEFINE_bool("multihost", False, "One of several processes, as its surroundings say (TPU pods, Slurm).")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
     flags.DEFINE_integer("num_processes", None, "How many processes there are.")

@@ -3,8 +3,8 @@
     python -m aitok_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Arguments: `configs/quickstart.py:parallel` (depth alone, all tokens in one pass; objects need steps), `:normals`
-(surface normals alone), `:long` (more scenes and steps, for better weights), `:smoke` (a few steps of everything, for
-tests).
+(surface normals alone), `:soft=false` (none of the three soft-token uses), `:long` (more scenes and steps, for better
+weights), `:smoke` (a few steps of everything, for tests).
 
 WORKDIR/metrics.json then holds depth/… and instances/… (soft decoding), depth_hard/… and instances_hard/… (the same
 weights, hard decoding), baseline/… (the mean map of the training set), tokenizer/… and mask_tokenizer/… (tokenize and
@@ -190,24 +190,30 @@ def joint(budget: dict) -> dict:
     )
 
 
+def without_soft_tokens(solver: dict) -> dict:
+    """The stage of a solver without any of their three uses."""
+    task, hard = solver["task"], {**common.HARD, "aux_weight": 0.0}
+    if "parts" not in task:
+        return {**solver, "task": {**task, **hard}, "eval_variants": {}}
+    parts = {name: {**part, **hard} for name, part in task["parts"].items()}
+    return {**solver, "task": {**task, "parts": parts}, "eval_variants": {part: {} for part in parts}}
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, parallel=False, normals=False, long=False, smoke=False)
+    arg = parse_arg(arg, parallel=False, normals=False, soft=True, long=False, smoke=False)
     budget = SMOKE if arg.smoke else LONG if arg.long else QUICK
     if arg.normals:
-        tokenizer = map_tokenizer("normals", NORMALS_TOKENIZER, budget)
-        return ordered(
-            {
-                "stages": {
-                    "tokenizer": tokenizer,
-                    "normals": map_solver("normals", NORMALS_TOKENIZER, arg.parallel, budget),
-                }
-            }
-        )
-    stages = {"tokenizer": map_tokenizer("depth", DEPTH_TOKENIZER, budget)}
-    if arg.parallel:
+        stages = {"tokenizer": map_tokenizer("normals", NORMALS_TOKENIZER, budget)}
+        stages["normals"] = map_solver("normals", NORMALS_TOKENIZER, arg.parallel, budget)
+    elif arg.parallel:
+        stages = {"tokenizer": map_tokenizer("depth", DEPTH_TOKENIZER, budget)}
         stages["depth"] = map_solver("depth", DEPTH_TOKENIZER, True, budget)
     else:
+        stages = {"tokenizer": map_tokenizer("depth", DEPTH_TOKENIZER, budget)}
         task = {"name": "mask_tokenizer", "image_size": CROP, "tokenizer": MASK_TOKENIZER}
         stages["mask_tokenizer"] = stage("mask_tokenizer", task, object_data("coco_masks", budget), 64, budget)
         stages["joint"] = joint(budget)
+    if not arg.soft:
+        *_, solver = stages
+        stages[solver] = without_soft_tokens(stages[solver])
     return ordered({"stages": stages})

@@ -49,12 +49,13 @@ import pieces
 import roofline
 import setups
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from aitok_jax.config import flatten, ordered, parse_flags, stage_order, unknown
+from aitok_jax.command_line import overrides
+from aitok_jax.config import flatten, ordered, stage_order, unknown
 from aitok_jax.data import datasets, object_transforms, pipeline, scenes
 from aitok_jax.parallel import overview, sharding
-from aitok_jax.training import checkpoint, loop, optim, run_dir, setup
+from aitok_jax.training import checkpoint, keys, loop, optim, run_dir, setup
 
 ROOT = Path(__file__).parents[1]
 FRAMES, HEIGHT, WIDTH = 24, 480, 640
@@ -289,7 +290,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def main(_: list[str]) -> None:
+def main(parsed: overrides.Parsed) -> None:
     options = flags.FLAGS
     try:
         if len(options.compare) > 2:
@@ -299,7 +300,7 @@ def main(_: list[str]) -> None:
             print(compare(others[1], others[0]))
             return
         report = measure(
-            options.cases, Path(options.scenes), chosen(options), options.images, options.steps, options.batch
+            options.cases, Path(options.scenes), chosen(parsed.config), options.images, options.steps, options.batch
         )
         text = json.dumps(report, indent=2)
         print(text, table(report), sep="\n\n")
@@ -311,9 +312,9 @@ def main(_: list[str]) -> None:
         sys.exit(f"error: {error}")
 
 
-def chosen(options: flags.FlagValues) -> ConfigDict | None:
+def chosen(config: ConfigDict | None) -> ConfigDict | None:
     """The config of --config and, where it has stages, of --stage or its last; ValueError for an unknown stage."""
-    config = options.config if options["config"].value is not None else None
+    options = flags.FLAGS
     names = stage_order(config.stages) if config is not None and "stages" in config else []
     if options.stage and options.stage not in names:
         raise ValueError(f"--stage={unknown(options.stage, names)}")
@@ -321,9 +322,7 @@ def chosen(options: flags.FlagValues) -> ConfigDict | None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Configuration of the cases 'train' and 'predict', with :arguments.", lock_config=True
-    )
+    flags.DEFINE_string("config", None, "Configuration of the cases 'train' and 'predict', with :arguments.")
     flags.DEFINE_list("cases", list(PUBLISHED), f"What to measure, of {', '.join(CASES)}.")
     flags.DEFINE_string("stage", None, "Stage of the config, where it has several; its last one otherwise.")
     flags.DEFINE_string("scenes", "runs/benchmark_scenes", "Folder of the rendered scenes.")
@@ -334,4 +333,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 1, "Images of a prediction.", lower_bound=1)
     flags.DEFINE_string("out", None, "File for the report.")
     flags.DEFINE_list("compare", [], "Report to compare with; or an old and a new one, and nothing is measured.")
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=lambda argv: overrides.parse_flags(argv, keys.run_options))

@@ -130,14 +130,14 @@ def test_another_configuration_is_refused_and_named(tmp_path, caplog):
     with checkpoint.open_manager(tmp_path) as manager:
         with pytest.raises(ValueError, match="another configuration") as error:
             checkpoint.restore_latest(manager, abstract, other)
-        assert "config.task.parts.toy.width: 4 there, 5 now" in str(error.value)
+        assert "config.task.width: 4 there, 5 now" in str(error.value)
         assert "config.seed: 0 there, 1 now" in str(error.value)
         assert "train_steps" not in str(error.value)
         with caplog.at_level(logging.INFO):
             task = ConfigDict({"name": "toy", "width": 4, "sizes": (1, 2), "dtype": "bfloat16", "remat": "blocks"})
             assert checkpoint.restore_latest(manager, abstract, _config(train_steps=50, task=task)) is not None
         assert "config.train_steps: 5 there, 50 now" in caplog.text
-        assert "config.task.parts.toy.remat: None there, 'blocks' now" in caplog.text
+        assert "config.task.remat: None there, 'blocks' now" in caplog.text
 
 
 def test_other_shapes_name_parameter_and_both_shapes(tmp_path):

@@ -186,9 +186,9 @@ def get_config(arg=""):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.batch_sise=4"], "error: --config.batch_sise is unknown; did you mean --config.batch_size?"),
-        (["--config.optim.learning_rat=4"], "did you mean --config.optim.learning_rate?"),
-        (["--config.batch_size=few"], "invalid literal for int() with base 10: 'few'"),
+        (["--config.batch_sise=4"], "error: --config.batch_sise is unknown; did you mean --config.batch_size=4?"),
+        (["--config.optim.learning_rat=4"], "did you mean --config.optim.learning_rate=4?"),
+        (["--config.batch_size=few"], "--config.batch_size=few must be a whole number, as in --config.batch_size=8"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_a_failure(tmp_path, arguments, message):

@@ -28,6 +28,7 @@ LAYERS = (  # of rooms, from the top; those of one line do not import each other
     ("modalities",),
     ("models",),
     ("scenes", "parallel"),
+    ("command_line",),
     ("image", "config"),
     ("paths",),
 )

@@ -32,6 +32,7 @@ def small(name: str):
     for key in ("batch_size", "eval_batch_size"):
         config.update({key: 8 if isinstance(config[key], int) else {"depth": 4, "instances": 16}})  # 4 of 8 devices
     config.train_steps, config.eval_every, config.log_every = 4, 0, 2
+    config.optim.warmup_steps = min(config.optim.warmup_steps, 4)
     return config
 
 

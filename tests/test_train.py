@@ -87,6 +87,8 @@ def toy(monkeypatch, compile_cache):
     monkeypatch.setattr(setup.datasets, "build", build_data)
     monkeypatch.setattr(loop.pipeline, "train_batches", train_batches)
     monkeypatch.setattr(loop.evaluators, "evaluate", evaluate)
+    monkeypatch.setattr(loop.evaluators, "metric_names", lambda _: ("error",))
+    monkeypatch.setattr(loop.evaluators, "check_data", lambda *_: None)
     return toy
 
 
@@ -275,13 +277,16 @@ def test_moving_average_follows_the_parameters(toy, tmp_path):
 def test_start_from_takes_over_weights(toy, tmp_path):
     loop.train(_config(ema_decay=0.0), tmp_path / "a")
     start_from = {"params": str(tmp_path / "a"), "params/absent": ""}
-    loop.train(_config(train_steps=1, optim__learning_rate=0.0, start_from=start_from), tmp_path / "b")
+    loop.train(
+        _config(train_steps=1, optim__warmup_steps=0, optim__learning_rate=0.0, start_from=start_from), tmp_path / "b"
+    )
     _assert_same_bits(_state(tmp_path / "b")["params"], _state(tmp_path / "a")["params"])
     assert int(_state(tmp_path / "b")["model_state"]["seen"]["count"]) == 1
 
     weights = {"a": np.ones(2), "b": np.full(2, 2.0), "spare": np.ones(1)}
     checkpoint.save_inference(tmp_path / "weights", weights, _config())
-    loop.train(_config(train_steps=1, start_from={"model_state/frozen": str(tmp_path / "weights")}), tmp_path / "c")
+    start_from = {"model_state/frozen": str(tmp_path / "weights")}
+    loop.train(_config(train_steps=1, optim__warmup_steps=0, start_from=start_from), tmp_path / "c")
     _assert_same_bits(_state(tmp_path / "c")["model_state"]["frozen"], {"a": np.ones(2), "b": np.full(2, 2.0)})
 
 

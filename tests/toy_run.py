@@ -145,10 +145,13 @@ def _run(values, workdir, *, devices, cache, output, slow, file_limit, stages, h
     tasks.build = lambda _: LineTask()
     setup.datasets.build = lambda _: SimpleNamespace(train=None, train_transform=None, fingerprint=dict)
     loop.pipeline.train_batches = _train_batches
+    loop.evaluators.metric_names = lambda _: ("error",)
+    loop.evaluators.check_data = lambda *_: None
     loop.evaluators.evaluate = sleepy(_evaluate, "evaluation")
     checkpoint.save = sleepy(checkpoint.save, "save")
     loop._compile = sleepy(loop._compile, "compilation")
-    silent = SimpleNamespace(write_scalars=lambda *_: None, flush=lambda: None, close=lambda: None)
+    calls = ("write_scalars", "write_texts", "write_hparams", "flush", "close")
+    silent = SimpleNamespace(**dict.fromkeys(calls, lambda *_: None))
     run_dir._event_writer = lambda _: silent
     run_dir.commit = lambda: None
     run = ConfigDict({"stages": {name: values for name in stages}}) if stages else ConfigDict(values)

@@ -15,14 +15,17 @@ installed: {"weights": ...} of a tokenizer, {"state_dict": ...} of a solver.
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import absl.logging
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from aitok_jax import config as configuration
+from aitok_jax.command_line import overrides
 from aitok_jax.convert import published, weight_files
+from aitok_jax.tasks.options import task_options
 from aitok_jax.training import checkpoint
 
 
@@ -63,15 +66,15 @@ def to_file(directory: str | Path, file: str | Path) -> dict[str, tuple[int, ...
     return {name: array.shape for name, array in state_dict.items()}
 
 
-def main(argv: list[str]) -> int:
+def main(parsed: overrides.Parsed) -> int:
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells a lot
-    source, target = argv[1:]
+    source, target = parsed.arguments[1:]
     try:
         if checkpoint.locate(source).is_dir():
             for name, shape in to_file(source, target).items():
                 print(f"written: {name} {list(shape)}")
             return 0
-        report = to_directory(source, target, flags.FLAGS.config, flags.FLAGS.key)
+        report = to_directory(source, target, parsed.config, flags.FLAGS.key)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(report)
@@ -79,19 +82,23 @@ def main(argv: list[str]) -> int:
     return 1 if report.missing else 0
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    args = configuration.parse_flags(argv)
-    if len(args) != 3:
+def parse_flags(argv: list[str]) -> overrides.Parsed:
+    parsed = overrides.parse_flags(argv, _options)
+    if len(parsed.arguments) != 3:
         sys.exit("error: give FILE DIR --config=configs/X.py, or DIR FILE")
-    if checkpoint.locate(args[1]).is_dir() == (flags.FLAGS["config"].value is not None):
+    if checkpoint.locate(parsed.arguments[1]).is_dir() == (parsed.config is not None):
         sys.exit("error: --config=configs/X.py is needed to convert a file, and belongs to no directory")
-    if flags.FLAGS.key is not None and flags.FLAGS["config"].value is None:
+    if flags.FLAGS.key is not None and parsed.config is None:
         sys.exit("error: --key chooses in a file, and belongs to no directory; leave it out")
-    return args
+    return parsed
+
+
+def _options(run: Mapping) -> dict[str, Any]:
+    return {"task": task_options(run["task"])} if "task" in run else {}
 
 
 if __name__ == "__main__":
     flags.FLAGS.set_gnu_getopt(True)  # flags may follow FILE and DIR
-    config_flags.DEFINE_config_file("config", None, "Configuration of the model, with :arguments.", lock_config=True)
+    flags.DEFINE_string("config", None, "Configuration of the model, with :arguments.")
     flags.DEFINE_string("key", None, "Key of the dictionary in FILE to take, such as model_ema.")
     app.run(main, flags_parser=parse_flags)

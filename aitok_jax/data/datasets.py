@@ -17,17 +17,18 @@ from aitok_jax.data.sources.files import DataError
 from aitok_jax.tasks.modalities import MODALITIES
 
 RECIPES, FITS = ("tokenizer", "solver"), ("crop", "scale")
-_COMMON = "name root on_error cache expected_train expected_test also_root also_count render"
-_FILES = "train_images test_images train_annotations test_annotations mask_size"
-_MAPS = (
-    "modality depth_scale train_list test_list train_subfolder test_subfolder size fit recipe columns color cutdepth"
+_COMMON = dict.fromkeys(("name", "root", "on_error", "also_root"), str)
+_COMMON |= {"cache": bool, **dict.fromkeys(("expected_train", "expected_test", "also_count"), int)}
+_COMMON["render"] = {**dict.fromkeys(("train", "test", "height", "width", "seed", "workers"), int), "format": str}
+_MAPS = dict.fromkeys(
+    ("modality", "train_list", "test_list", "train_subfolder", "test_subfolder", "recipe", "fit"), str
 )
-KEYS = {
-    "nyu": (*_COMMON.split(), *_MAPS.split()),
-    "coco": (*_COMMON.split(), *_FILES.split(), "size", "num_objects", "jitter", "order"),
-}
+_MAPS |= {"depth_scale": float, "size": int, "columns": tuple[int, ...], "color": bool, "cutdepth": str}
+_OBJECTS = dict.fromkeys(("train_images", "test_images", "train_annotations", "test_annotations", "order"), str)
+_OBJECTS |= {"mask_size": int, "size": int, "num_objects": int, "jitter": tuple[float, float]}
+KEYS = {"nyu": _COMMON | _MAPS, "coco": _COMMON | _OBJECTS}
 KEYS["coco_masks"] = KEYS["coco"]
-"""What `config.data` may have, by its name."""
+"""What `config.data` may have, by its name: key -> type, see `config.typed`."""
 
 
 @dataclasses.dataclass(frozen=True)

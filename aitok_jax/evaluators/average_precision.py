@@ -226,6 +226,13 @@ class CocoScorer:
         return detections
 
 
+def names_of(kinds: Sequence[str]) -> list[str]:
+    """The names of the numbers that `CocoScorer.result` gives."""
+    shape = (10, 1, 1 + len(AREA_RANGES), len(LIMITS))
+    summary = Curves(np.zeros((10, 1, *shape[1:])), np.zeros(shape)).summary(tuple(AREA_RANGES))
+    return [f"{kind}_{name}" for kind in kinds for name in summary]
+
+
 def mask_boundary(mask_HW: np.ndarray, dilation_ratio: float = DILATION_RATIO) -> np.ndarray:
     """The pixels of a mask near its edge: those that an erosion by the boundary's width takes away.
 

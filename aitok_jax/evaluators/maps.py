@@ -1,6 +1,7 @@
 """Evaluation of dense maps: a modality's metrics per image, averaged over the data set."""
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aitok_jax import visualize
+from aitok_jax.data import pipeline
 from aitok_jax.data.sources.files import READ_ERRORS, DataError
 from aitok_jax.evaluators.batches import Evaluation, Mean, to_host
 from aitok_jax.evaluators.metrics import confidence_spearman, inside
@@ -52,15 +54,55 @@ def evaluate(evaluation: Evaluation) -> dict[str, float]:
         seen += int(real.sum())
         without += int((real & ~rows["annotated"]).sum())
     if without == seen:
-        raise ValueError(
-            f"none of the {seen} evaluation images has a pixel to measure {modality.name} on inside eval_crop="
-            f"{part.eval_crop}; check the unit of the maps, and the crop"
-        )
+        raise _nothing_measured(part, seen)
     result = means["model"].result()
     if without:
         result[f"images_without_{modality.name}"] = float(without)
     baseline = means["baseline"].result() if "baseline" in means else {}
     return evaluation.named(result) | {f"baseline/{name}": value for name, value in baseline.items()}
+
+
+def metric_names(part: Any) -> list[str]:
+    """What `evaluate` measures of every part of this kind."""
+    modality, size = part.modality, (1, 8, 8)
+    map_, valid = jax.ShapeDtypeStruct((*size, *modality.map_axes), np.float32), jax.ShapeDtypeStruct(size, bool)
+    names = jax.eval_shape(modality.metrics, map_, map_, valid)
+    return [*names, *(["confidence_spearman"] if "confidence" in part.meanings else [])]
+
+
+def check_data(part: Any, data: Any) -> None:
+    """ValueError where no map of the data, to train or to evaluate on, has a pixel that counts; looks until one has.
+
+    Also where the first evaluation map does not hold the crop.
+    """
+    modality = part.modality
+    if not any(np.any(modality.measured(map_)) for map_ in _maps(data.train, modality)):
+        raise DataError(
+            f"none of the {len(data.train)} training images has a pixel of {modality.name} to learn from; check the "
+            "unit and the folder of the maps"
+        )
+    for batch in pipeline.eval_batches(data.eval, data.eval_transform, batch_size=1):
+        map_ = batch[modality.name]
+        if batch["mask"][0] and np.any(modality.measured(map_) & inside(part.eval_crop, *map_.shape[1:3])[None]):
+            return
+    raise _nothing_measured(part, len(data.eval))
+
+
+def _maps(source: Any, modality: Modality) -> Iterator[np.ndarray]:
+    """All maps that can be read, f32[1,H,W,...]; raises for others but under on_error='skip'."""
+    for index in range(len(source)):
+        try:
+            yield source.read(index)[modality.name][None]
+        except READ_ERRORS:
+            if getattr(source, "on_error", "raise") == "raise":
+                raise
+
+
+def _nothing_measured(part: Any, count: int) -> ValueError:
+    return ValueError(
+        f"none of the {count} evaluation images has a pixel to measure {part.modality.name} on inside eval_crop="
+        f"{part.eval_crop}; check the unit of the maps, and the crop"
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("modality", "crop"))
@@ -90,13 +132,7 @@ def mean_map(source: Any, modality: Modality) -> np.ndarray:
         source: of maps; broken examples are left out under on_error='skip'.
     """
     total = count = np.float64(0)
-    for index in range(len(source)):
-        try:
-            map_ = source.read(index)[modality.name][None]
-        except READ_ERRORS:
-            if getattr(source, "on_error", "raise") == "raise":
-                raise
-            continue
+    for map_ in _maps(source, modality):
         values, valid = np.asarray(modality.encode(map_), np.float64), np.asarray(modality.valid(map_))[..., None]
         if np.ndim(total) and values.shape != total.shape:
             values, valid = (nearest(x[0], *total.shape[1:3])[None] for x in (values, valid))

@@ -1,12 +1,13 @@
 """Evaluation of objects: box, mask and boundary AP with pycocotools."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from aitok_jax import visualize
-from aitok_jax.evaluators.average_precision import KINDS, CocoScorer
+from aitok_jax.evaluators.average_precision import KINDS, CocoScorer, names_of
 from aitok_jax.evaluators.batches import Evaluation, to_host
 from aitok_jax.image import save_png
 from aitok_jax.tasks import paste
@@ -53,6 +54,11 @@ def evaluate(evaluation: Evaluation) -> dict[str, float]:
     if left_out:
         numbers["images_left_out"] = float(left_out)
     return evaluation.named(numbers)
+
+
+def metric_names(part: Any) -> list[str]:
+    """What `evaluate` measures of every part of this kind."""
+    return names_of(tuple(KINDS) if part.mask_tokens else ("box",))
 
 
 def _write_panel(results, source, index: int, folder: Path, with_masks: bool) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from aitok_jax import visualize
-from aitok_jax.evaluators.average_precision import CocoScorer
+from aitok_jax.evaluators.average_precision import CocoScorer, names_of
 from aitok_jax.evaluators.batches import Evaluation, to_host
 from aitok_jax.image import save_png
 from aitok_jax.tasks import paste
 
 CANVAS_GREY = 128
+KINDS_OF_MASKS = ("mask", "boundary")
 
 
 def evaluate(evaluation: Evaluation) -> dict[str, float]:
@@ -46,7 +47,13 @@ def evaluate(evaluation: Evaluation) -> dict[str, float]:
     scorer = CocoScorer.of(coco, [result for its_results in results.values() for result in its_results])
     if evaluation.panels_dir is not None:
         _write_panels(coco, results, Path(evaluation.panels_dir), evaluation.panels)
-    return evaluation.named(scorer.result(("mask", "boundary")) | {"mask_iou": float(np.mean(overlaps))})
+    return evaluation.named(scorer.result(KINDS_OF_MASKS) | {"mask_iou": float(np.mean(overlaps))})
+
+
+def metric_names(part: Any) -> list[str]:
+    """What `evaluate` measures of every part of this kind."""
+    del part
+    return [*names_of(KINDS_OF_MASKS), "mask_iou"]
 
 
 def _measure(crop_SS, box_4, annotation, coco) -> tuple[list[dict[str, Any]], float]:

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aitok_jax.models.layers import check_sizes
 from aitok_jax.models.vqvae import token_grid
 
 
@@ -19,6 +20,10 @@ class BinsTokenizer(nn.Module):
     num_codes: int = 128
     max_value: float = 10.0
     soft_temperature: float = 1.0
+
+    def __post_init__(self):
+        check_sizes(self, "downsample", "num_codes")
+        super().__post_init__()
 
     def encode(self, x_BHWC: jax.Array) -> jax.Array:
         """f32[B,H,W,1] metres -> int32[B,h,w]."""

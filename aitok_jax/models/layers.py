@@ -1,7 +1,7 @@
 """What backbone and transformer are both made of."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -85,6 +85,16 @@ def check_remat(remat: str) -> None:
     """ValueError where REMAT has no such policy."""
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r} must be one of {', '.join(REMAT)}")
+
+
+def check_sizes(module: nn.Module, *names: str) -> None:
+    """ValueError where a field, or an entry of it, is below 1."""
+    for name in names:
+        value = getattr(module, name)
+        for i, size in enumerate(value if isinstance(value, Sequence) else (value,)):
+            if size < 1:
+                place = f"[{i}]" if isinstance(value, Sequence) else ""
+                raise ValueError(f"{name}{place}={size} must be at least 1")
 
 
 def rematerialized(block: type[nn.Module], remat: str, train_argument: int) -> type[nn.Module]:

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from aitok_jax.models import stem
-from aitok_jax.models.layers import DropPath, Mlp, Widths, check_remat, checkpointed, rematerialized, trunc_normal
+from aitok_jax.models.layers import (
+    DropPath,
+    Mlp,
+    Widths,
+    check_remat,
+    check_sizes,
+    checkpointed,
+    rematerialized,
+    trunc_normal,
+)
 from aitok_jax.models.window_attention import WindowAttention
 
 EPSILON = 1e-6  # of all LayerNorms here
@@ -188,6 +197,7 @@ class SwinV2(nn.Module):
 
     def __post_init__(self):
         check_remat(self.remat)
+        check_sizes(self, "embed_dim", "patch", *_PER_STAGE[:-1])
         lengths = {name: len(getattr(self, name)) for name in _PER_STAGE}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"{', '.join(_PER_STAGE)} need one entry a stage each; their lengths are {lengths}")

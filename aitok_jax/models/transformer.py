@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aitok_jax.models import causal_attention
-from aitok_jax.models.layers import DropPath, Mlp, Widths, check_remat, rematerialized, trunc_normal
+from aitok_jax.models.layers import DropPath, Mlp, Widths, check_remat, check_sizes, rematerialized, trunc_normal
 
 KeyValue = tuple[jax.Array, jax.Array]  # each [B, heads, T, d]
 Cache = tuple[jax.Array, jax.Array]
@@ -159,6 +159,7 @@ class TokenTransformer(nn.Module):
 
     def __post_init__(self):
         check_remat(self.remat)
+        check_sizes(self, "dim", "num_heads", "hidden", "vocab_size", "max_length", "num_tasks")
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim={self.dim} must be a multiple of 2·num_heads={2 * self.num_heads}")
         super().__post_init__()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from aitok_jax.models import conv, losses
+from aitok_jax.models.layers import check_sizes
 from aitok_jax.models.quantizer import Quantized, Quantizer, nearest_codes
 
 CLASSIFICATION = "cross_entropy"
@@ -151,6 +152,7 @@ class VQVAE(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
+        check_sizes(self, "hidden", "num_codes", "code_dim", "channels")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}")
         if self.use_norm and self.objective in ("mse_ignore_zero", "silog"):

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from aitok_jax import tasks
+from aitok_jax.config import from_json, translated_task
 from aitok_jax.image import fit_square, model_size, resize
 from aitok_jax.predict.views import NUM_VIEWS, average_views, view
 from aitok_jax.tasks import paste
@@ -53,16 +54,17 @@ class Predictor:
     def load(cls, path: str | Path) -> Predictor:
         """Reads a run directory, a directory of converted weights, or 'builtin', the small model that comes along.
 
-        The classes' names are its config's `categories`.
+        Of a run of several stages it takes the one that predicts. The classes' names are its config's `categories`.
 
         Raises:
             FileNotFoundError: no checkpoint there.
-            ValueError: a run that does not predict from images, such as a tokenizer's; no path.
+            ValueError: a run that does not predict from images, such as a tokenizer's, or of which several stages do;
+                no path.
             RuntimeError: in a process forked after a model was loaded; as by every call.
         """
         check_path("path", path)
         check_process()
-        config, weights = checkpoint.load_inference(path)
+        config, weights = checkpoint.load_inference(_stage(checkpoint.locate(path)))
         categories = config.categories if "categories" in config else ()
         return cls(tasks.build(config.task), weights["params"], weights["model_state"], categories)
 
@@ -244,6 +246,20 @@ def _arrays(
     if mask_size is not None:
         arrays["masks"] = arrays["masks"].view(bool) if results else np.zeros((0, *mask_size), bool)
     return arrays
+
+
+def _stage(run: Path) -> Path:
+    """The folder of the stage that predicts from images, where it is a run of several; else the run itself."""
+    file = run / "config.json"
+    config = from_json(file.read_text(), str(file)) if file.is_file() else {}
+    if "stages" not in config:
+        return run
+    found = [name for name, stage in config.stages.items() if translated_task(stage.task)["name"] != "tokenizer"]
+    if len(found) != 1:
+        which = " or ".join(str(run / name) for name in found or config.stages)
+        count = "several of its stages predict" if found else "none of its stages predicts"
+        raise ValueError(f"{run} is a run of {', '.join(config.stages)}, and {count} from images; give {which}")
+    return run / found[0]
 
 
 def _parts(task: Any) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from aitok_jax.models.transformer import TokenTransformer
 from aitok_jax.tasks import maps, objects, tokenizer
 from aitok_jax.tasks.base import Task
 from aitok_jax.tasks.modalities import MODALITIES as MODALITIES
+from aitok_jax.tasks.options import MASKS, OBJECTS
 from aitok_jax.tasks.solver import SolverTask
 from aitok_jax.tasks.vocabulary import Vocabulary, with_codes
 
-OBJECTS, MASKS = "instances", "mask"  # kinds of parts that are no map: of a solver, of a tokenizer
 DTYPES = ("auto", "float32", "bfloat16")
 
 

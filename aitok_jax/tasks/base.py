@@ -91,8 +91,9 @@ def apply_tokenizer(tokenizer: Any, frozen: Tree, method: str, *args: jax.Array)
 
 def check_multiple(name: str, size: int, what: str, multiple: int) -> None:
     """ValueError, with the nearest sizes, where `size` is no multiple."""
-    if size % multiple:
+    if size < 1 or size % multiple:
+        near = max(size // multiple, 1) * multiple
         raise ValueError(
-            f"{name}={size} must be a multiple of the {what}, {multiple}; the nearest sizes are "
-            f"{size // multiple * multiple} and {(size // multiple + 1) * multiple}"
+            f"{name}={size} must be a multiple of the {what}, {multiple}; the nearest sizes are {near} and "
+            f"{near + multiple}"
         )

@@ -39,6 +39,9 @@ class Vocabulary:
     num_spare: int = 0
 
     def __post_init__(self):
+        for name, size in (("num_bins", self.num_bins), ("num_classes", self.num_classes)):
+            if size < 1:
+                raise ValueError(f"vocabulary.{name}={size} must be at least 1")
         names = [name for name, _ in self.codes]
         if len(set(names)) != len(names):
             raise ValueError(f"vocabulary.codes={self.codes} must have each name once")

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from aitok_jax import paths
-from aitok_jax.config import flatten, to_json, translated
+from aitok_jax.config import changes, short_key, to_json, translated
 from aitok_jax.training import checksums
 from aitok_jax.training.state import TrainState
 
@@ -34,6 +34,7 @@ BUILTIN = "builtin"  # names the weights that come with the package, in a folder
 # A run goes on only where these agree with its checkpoint; all else (lengths, intervals, paths) may change.
 FIXED_KEYS = ("name", "seed", "batch_size", "task", "optim.name", "ema_decay")
 FREE_KEYS = (".dtype", ".remat")  # how a task is computed, not what
+SWITCHES = {"optim.weight_decay": 0.0, "optim.clip_norm": 0.0, "optim.layer_decay": 1.0}  # what is off then, stays so
 
 
 class DamagedError(OSError):
@@ -243,10 +244,10 @@ def _put_aside(manager: ocp.CheckpointManager, errors: Mapping[Path, Exception],
 
 
 def _check_same_run(saved: Mapping, config: ConfigDict, where: Path) -> None:
-    old, new = (flatten(json.loads(to_json(translated(values)))) for values in (saved, config))
-    changed = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
-    lines = {key: f"config.{key}: {a!r} there, {b!r} now" for key, (a, b) in changed.items()}
-    fixed = [line for key, line in lines.items() if _is_fixed(key)]
+    changed, task = dict(sorted(changes(saved, config).items())), translated(config)["task"]
+    lines = {key: f"config.{short_key(key, task)}: {a!r} there, {b!r} now" for key, (a, b) in changed.items()}
+    fixed = [lines[key] for key in changed if _is_fixed(key)]
+    fixed += [f"{lines[key]}; it stays on or off" for key, (a, b) in changed.items() if _is_switched(key, a, b)]
     if fixed:
         raise ValueError(
             f"{where} is a checkpoint of another configuration; use a new --workdir or restore the values.\n  "
@@ -269,6 +270,11 @@ def check_same_parts(saved: Mapping, config: ConfigDict, where: Path) -> None:
 
 def _is_fixed(key: str) -> bool:
     return not key.endswith(FREE_KEYS) and any(key == k or key.startswith(f"{k}.") for k in FIXED_KEYS)
+
+
+def _is_switched(key: str, old: Any, new: Any) -> bool:
+    """Whether the optimizer's state has another structure."""
+    return key in SWITCHES and (old == SWITCHES[key]) != (new == SWITCHES[key])
 
 
 def check_shapes(saved: Any, wanted: Any, where: Path) -> None:

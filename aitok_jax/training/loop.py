@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from aitok_jax.data import pipeline
 from aitok_jax.parallel import overview, sharding
 from aitok_jax.tasks.base import variable_shapes
 from aitok_jax.tasks.solver import part_prefix
-from aitok_jax.training import accumulate, checkpoint, lock, optim, preemption, run_dir, warm_start
+from aitok_jax.training import accumulate, checkpoint, checks, lock, optim, preemption, warm_start
 from aitok_jax.training.setup import Run, set_up
 from aitok_jax.training.state import TrainState
 
@@ -36,8 +36,13 @@ Step = Callable[[TrainState, Batch, np.ndarray], tuple[TrainState, dict[str, jax
 _INIT = 2**32 - 1  # stands for the step in the randomness of the initial parameters
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def train(
+    config: ConfigDict, workdir: str | Path, changed: Mapping[str, tuple[Any, Any]] | None = None
+) -> dict[str, float]:
     """Trains to `config.train_steps`, going on from the latest checkpoint in `workdir` if there is one, and evaluates.
+
+    Args:
+      changed: key -> (value in the configuration's file, value now), shown in TensorBoard.
 
     Returns:
       The metrics of the final evaluation, also written to metrics.json.
@@ -50,12 +55,13 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       preemption.Stopped: a signal came; the state is saved.
     """
     with lock.held(workdir), jax.enable_x64(False):
-        return _train(config, workdir)
+        return _train(config, workdir, changed or {})
 
 
-def _train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def _train(config: ConfigDict, workdir: str | Path, changed: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     run = set_up(config, workdir)
     config = run.config
+    checks.check_disk(run.folder.path, checks.checkpoint_bytes(run.task, config, run.folder.path))
     with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as manager:
         start = manager.latest_step() or 0
         run.folder.check_data({name: data.fingerprint() for name, data in run.data.items()}, start)
@@ -66,8 +72,10 @@ def _train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             start = int(state.step)
             batches, _ = first_batches(run, start)
         run.folder.write_json("config.json", config.to_dict())
-        run.folder.write_json("env.json", run_dir.environment(run.mesh))
+        run.folder.write_environment(run.mesh, start)
         with run.folder.logging(start, sum(config.batch_size.values())):
+            if changed or not start:
+                run.folder.configuration(start, config, changed)
             if start < config.train_steps:
                 run.folder.remove("metrics.json")  # of a shorter run; while it is there, a stage counts as finished
                 if config.eval_first and not start:

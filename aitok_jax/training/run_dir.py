@@ -6,10 +6,12 @@ import json
 import logging
 import math
 import platform
+import shlex
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,13 @@ class RunDir:
     def write_json(self, name: str, value: Any) -> None:
         if self._first_host:
             paths.write_text(self.path / name, json.dumps(value, indent=2) + "\n")
+
+    def write_environment(self, mesh: Mesh, start: int) -> None:
+        """Writes env.json, with the command lines that have trained the run so far."""
+        path = self.path / "env.json"
+        before = json.loads(path.read_text()).get("commands", []) if start and path.exists() else []
+        command = shlex.join(sys.orig_argv)
+        self.write_json("env.json", environment(mesh) | {"commands": list(dict.fromkeys([*before, command]))})
 
     def check_data(self, fingerprint: dict[str, Any], start: int) -> None:
         """Keeps a fingerprint of the data in data.json.
@@ -111,6 +120,17 @@ class RunDir:
         lines = (self.path / "metrics.jsonl").read_text().splitlines()
         first = next((line for line in map(json.loads, lines) if line["step"] == 0), {})
         return {name: math.nan if value is None else value for name, value in first.items() if name != "step"}
+
+    def configuration(self, step: int, config: Mapping, changed: Mapping[str, tuple[Any, Any]]) -> None:
+        """Shows the configuration in TensorBoard, as text and as hyper-parameters; what is `changed` comes first."""
+        if self._events is None:
+            return
+        values = flatten(config)
+        values = {key: values[key] for key in (*(key for key in changed if key in values), *values)}
+        lines = ["| key | value | in the file |", "|---|---|---|"]
+        lines += [f"| {k} | {v} | {changed[k][0] if k in changed else ''} |" for k, v in values.items()]
+        self._events.write_texts(step, {"config": "\n".join(lines)})
+        self._events.write_hparams({k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()})
 
     def evaluated(self, step: int) -> bool:
         """Whether an evaluation of this step was logged before the run went on."""

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-SCHEDULES = ("constant", "step", "linear", "exponential", "cosine")
+OPTIONS = {
+    "constant": {},
+    "step": {"boundaries": tuple[int, ...], "factor": float},
+    "linear": {"end_factor": float},
+    "exponential": {"factor": float, "every": int, "steps_per_epoch": int},
+    "cosine": {"end_factor": float, "lag": int},
+}
+"""What each schedule may have besides its name, with types (see `config.typed`)."""
 
 
 def make_schedule(optim: ConfigDict, train_steps: int) -> optax.Schedule:
@@ -34,11 +41,14 @@ def make_schedule(optim: ConfigDict, train_steps: int) -> optax.Schedule:
       ValueError: unknown schedule, unknown key, or numbers out of range.
     """
     options = dict(optim.schedule)
-    name = options.pop("name")
+    name = options.pop("name", None)
     shape = _schedule_factor(name, options, train_steps)
     lag = int(options.pop("lag", 0)) if name == "cosine" else 0
     if options:
-        raise ValueError(f"optim.schedule {name!r} has no option {sorted(options)}; remove it")
+        raise ValueError(
+            f"optim.schedule {name!r} has no option {sorted(options)}; remove it, as in "
+            f"--config.optim.schedule='{{name: {name}}}'"
+        )
     warmup_steps, ratio = int(optim.warmup_steps), float(optim.warmup_ratio)
     if warmup_steps < 0 or not 0.0 <= ratio <= 1.0:
         raise ValueError(f"optim.warmup_steps={warmup_steps} must be >= 0 and optim.warmup_ratio={ratio} within 0..1")
@@ -64,6 +74,8 @@ def _schedule_factor(name: str, options: dict, train_steps: int) -> optax.Schedu
     if name == "constant":
         return lambda step: jnp.ones((), jnp.float32)
     if name == "step":
+        if "boundaries" not in options:
+            raise ValueError("optim.schedule.boundaries must be given, the steps that the learning rate falls at")
         boundaries, factor = tuple(options.pop("boundaries")), float(options.pop("factor", 0.1))
         if list(boundaries) != sorted(set(boundaries)):
             raise ValueError(f"optim.schedule.boundaries={boundaries} must increase")
@@ -82,7 +94,7 @@ def _schedule_factor(name: str, options: dict, train_steps: int) -> optax.Schedu
         end = float(options.pop("end_factor", 0.0))
         half = math.pi / (2 * train_steps)
         return lambda step: end + (1.0 - end) * jnp.sin(half * jnp.maximum(train_steps - step, 0)) ** 2
-    raise ValueError(f"optim.schedule.name={name!r} is unknown; use one of {SCHEDULES}")
+    raise ValueError(f"optim.schedule.name={name!r} is unknown; use one of {tuple(OPTIONS)}")
 
 
 def _decays(step: jax.Array, every: int, per_epoch: int) -> jax.Array:

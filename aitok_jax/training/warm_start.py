@@ -143,8 +143,12 @@ def _summary(paths: Iterable[str]) -> str:
     return ", ".join(sorted({"/".join(path.split("/")[:2]) for path in paths})) or "nothing"
 
 
-def start_from(variables: dict, config: ConfigDict) -> dict:
+def start_from(
+    variables: dict, config: ConfigDict, planned: Mapping[str, tuple[ConfigDict, dict]] | None = None
+) -> dict:
     """Takes over weights of other runs, one entry of `config.start_from` after the other, and logs what was used.
+
+    With `planned`, folder -> (configuration, variables) of runs that are not trained yet, it is a check, without a log.
 
     Raises:
       ValueError: weights that do not fit, or a tokenizer of a solver, which is never trained, that stays without.
@@ -157,14 +161,16 @@ def start_from(variables: dict, config: ConfigDict) -> dict:
                 raise ValueError(f"start_from: {prefix!r} is never trained; give the run directory of its tokenizer")
             continue
         if path not in sources:
-            sources[path] = checkpoint.load_inference(path)
+            later = [run for run in planned or () if path == run or path.startswith(f"{run}/")]
+            sources[path] = planned[later[0]] if later else checkpoint.load_inference(path)
         theirs, source = sources[path]
         source = _tokenizer_of(config, theirs, source)
         has_vocabulary = "voc_embed" in variables["params"].get("transformer", {})
         tokens = _tokens(config, theirs) if has_vocabulary else None
         variables, report = merge(variables, source, prefix, tokens)
         whole |= set(report.used) - set(report.partly)
-        LOG.info("start_from %s <- %s: %s", prefix or "(all)", path, report)
+        if planned is None:
+            LOG.info("start_from %s <- %s: %s", prefix or "(all)", path, report)
         if prefix.startswith("model_state") and (lacking := [*report.missing, *report.unfit]):
             raise ValueError(f"start_from: {prefix!r} is never trained, but {path} lacks {', '.join(lacking)}")
     if "" in config.start_from and config.task.name == "solver":

@@ -12,7 +12,7 @@ from config_files import load
 
 from aitok_jax import main
 from aitok_jax.data import datasets
-from aitok_jax.training import setup
+from aitok_jax.training import checks
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,21 +84,21 @@ def test_misspelt_keys(place, key, value, message, tmp_path):
 
 
 def test_a_path_of_ones_own_may_be_a_key():
-    setup.check_keys(toy_run.config(my_pretrained_run="runs/x"))
+    checks.check_keys(toy_run.config(my_pretrained_run="runs/x"))
 
 
 def test_optim_must_be_complete():
     optim = toy_run.config().optim.to_dict()
     del optim["b1"], optim["schedule"]
     with pytest.raises(ValueError, match=r"config\.optim: b1, schedule must be given"):
-        setup.check_keys(toy_run.config(optim=optim))
+        checks.check_keys(toy_run.config(optim=optim))
 
 
 @pytest.mark.parametrize("name", ["nyu", "coco", "joint", "vqvae_depth", "vqvae_mask", "quickstart"])
 def test_all_configurations_have_known_keys(name):
     config = load(name)
     for stage in config.get("stages", {"": config}).values():
-        setup.check_keys(stage)
+        checks.check_keys(stage)
         parts = stage.data.values() if "name" not in stage.data else [stage.data]
         for data in parts:
             assert set(data) <= set(datasets.KEYS[data.name])

@@ -1,0 +1,1 @@
+"""What commands with a `--config` have in common."""
