@@ -97,6 +97,8 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         return typed(name, value, next(each for each in inner if each is not types.NoneType))
     if kind is tuple or origin in (tuple, Sequence):
         return _typed_sequence(name, value, kind, inner)
+    if isinstance(kind, Mapping) and isinstance(value, str) and kind.get("*") == str | None:
+        return value  # one text in the place of all
     if isinstance(kind, Mapping) or dataclasses.is_dataclass(kind):
         if value is None or isinstance(value, Mapping | ConfigDict):
             return value

@@ -105,6 +105,7 @@ def test_every_field_of_a_task_can_be_set(name):
         ("nyu", ["data.columns=41,601"], {"data.columns": (41, 601)}),
         ("nyu", ["data.render.train=1e1"], {"data.render.train": 10}),
         ("nyu", ["start_from.params=RUN"], {"start_from.params": "RUN"}),
+        ("nyu", ["start_from=builtin"], {"start_from": "builtin"}),
         ("nyu", ["best_metric=none"], {"best_metric": None}),
         ("nyu", ["eval_variants.cold.soft_input=no"], {"eval_variants.cold.soft_input": False}),
         ("nyu", ["tokenizer=RUN"], {"tokenizer": "RUN", "start_from.model_state/depth_tokenizer": "RUN"}),
@@ -178,13 +179,14 @@ def test_a_run_of_one_part_in_the_form_of_parts():
         ),
         ("nyu", "batch_sise=2", "--config.batch_sise is unknown; did you mean --config.batch_size=2?"),
         ("nyu", "soft_input=no", "did you mean --config.task.soft_input=no?"),
+        ("finetune:depth", "train_steps=9", "--config.train_steps is unknown; did you mean --config.steps=9?"),
         ("nyu", "batch_size=few", "--config.batch_size=few must be a whole number, as in --config.batch_size=24"),
         ("nyu", "task.soft_input=maybe", "must be true or false, as in --config.task.soft_input=True"),
     ],
 )
 def test_what_is_said_of_a_wrong_one(name, given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        overridden(load(name), given)
+        overridden(load(*name.split(":")), given)
 
 
 @pytest.mark.parametrize("arg", ["", ",parallel", ",normals"])

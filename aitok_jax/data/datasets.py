@@ -20,8 +20,10 @@ RECIPES, FITS = ("tokenizer", "solver"), ("crop", "scale")
 _COMMON = dict.fromkeys(("name", "root", "on_error", "also_root"), str)
 _COMMON |= {"cache": bool, **dict.fromkeys(("expected_train", "expected_test", "also_count"), int)}
 _COMMON["render"] = {**dict.fromkeys(("train", "test", "height", "width", "seed", "workers"), int), "format": str}
-_MAPS = dict.fromkeys(("modality", "train_list", "test_list", "train_subfolder", "test_subfolder", "recipe"), str)
-_MAPS |= {"fit": str, "depth_scale": float, "size": int, "columns": tuple[int, ...], "color": bool, "cutdepth": str}
+_MAPS = dict.fromkeys(
+    ("modality", "train_list", "test_list", "train_subfolder", "test_subfolder", "recipe", "fit"), str
+)
+_MAPS |= {"depth_scale": float, "size": int, "columns": tuple[int, ...], "color": bool, "cutdepth": str}
 _OBJECTS = dict.fromkeys(("train_images", "test_images", "train_annotations", "test_annotations", "order"), str)
 _OBJECTS |= {"mask_size": int, "size": int, "num_objects": int, "jitter": tuple[float, float]}
 KEYS = {"nyu": _COMMON | _MAPS, "coco": _COMMON | _OBJECTS}

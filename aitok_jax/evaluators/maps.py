@@ -89,7 +89,7 @@ def check_data(part: Any, data: Any) -> None:
 
 
 def _maps(source: Any, modality: Modality) -> Iterator[np.ndarray]:
-    """The maps f32[1,H,W,...] of all that can be read; raises for others but under on_error='skip'."""
+    """All maps that can be read, f32[1,H,W,...]; raises for others but under on_error='skip'."""
     for index in range(len(source)):
         try:
             yield source.read(index)[modality.name][None]

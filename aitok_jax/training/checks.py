@@ -120,7 +120,7 @@ def check_start_from(task: Any, config: ConfigDict, planned: Mapping[str, tuple[
     Args:
       planned: folder of a run that is trained before this one -> its configuration and the shapes of its variables.
     """
-    sources = {folder: (own, jax.tree.map(_blank, shapes)) for folder, (own, shapes) in planned.items()}
+    sources = {folder: (theirs, jax.tree.map(_blank, shapes)) for folder, (theirs, shapes) in planned.items()}
     warm_start.start_from(jax.tree.map(_blank, variable_shapes(task)), config, sources)
 
 

@@ -13,14 +13,19 @@ REQUIRED = {"name": str, "seed": int, "task": {}, "data": {}, "batch_size": int,
 REQUIRED |= {"train_steps": int, "log_every": int, "eval_every": int, "checkpoint_every": int, "keep_checkpoints": int}
 REQUIRED |= {"optim": {}}
 OPTIONAL = {"best_metric": str | None, "best_mode": str, "ema_decay": float, "fsdp": int, "accumulate": int}
-OPTIONAL |= {"start_from": {"*": str | None}, "categories": None, "eval_variants": {}, "eval_baseline": bool}
-OPTIONAL |= {"eval_first": bool}
+OPTIONAL |= {"start_from": {"*": str | None}, "categories": None, "eval_variants": {}}
+OPTIONAL |= dict.fromkeys(("eval_baseline", "eval_first"), bool)
 OPTIM = {"name": str, **dict.fromkeys(("learning_rate", "b1", "b2", "eps", "weight_decay", "layer_decay"), float)}
 OPTIM |= {"clip_norm": float, "warmup_steps": int, "warmup_ratio": float, "schedule": {}}
 
 
 def run_options(run: Mapping) -> dict[str, Any]:
-    """Key -> type of all that a run's configuration may have, also where it does not: nested as it is."""
+    """Key -> type of all that a run's configuration may have, also where it does not: nested as it is.
+
+    That of a plan has what it has.
+    """
+    if "finetune" in run:
+        return {}
     task = task_options(run["task"]) if "task" in run else {}
     parts = task.get("parts", None)
     optim = run.get("optim", {})

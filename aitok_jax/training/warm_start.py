@@ -148,8 +148,7 @@ def start_from(
 ) -> dict:
     """Takes over weights of other runs, one entry of `config.start_from` after the other, and logs what was used.
 
-    With `planned`, folder -> configuration and variables of runs that are not trained yet, it is a check, and logs
-    nothing.
+    With `planned`, folder -> (configuration, variables) of runs that are not trained yet, it is a check, without a log.
 
     Raises:
       ValueError: weights that do not fit, or a tokenizer of a solver, which is never trained, that stays without.
