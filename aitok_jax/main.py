@@ -21,7 +21,6 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from aitok_jax import config as configuration
-from aitok_jax import paths
 from aitok_jax.config import format_workdir, ordered, stage_order
 from aitok_jax.parallel import processes
 from aitok_jax.training import checkpoint, finetune, lock, loop, preemption, run_dir, setup
@@ -39,7 +38,7 @@ def run(config: ConfigDict | Mapping, workdir: str | Path, mode: str = "train") 
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} must be one of {tuple(MODES)}")
-    config, workdir = ordered(config), paths.expand(workdir) if str(workdir).strip() else workdir
+    config, workdir = ordered(config), checkpoint.place(workdir) if str(workdir).strip() else workdir
     if "finetune" in config:
         config, lines = finetune.plan(config, workdir)
         LOG.info("the plan:\n  %s", "\n  ".join(lines))
@@ -59,7 +58,7 @@ def _run_stages(config: ConfigDict, workdir: str | Path, mode: str) -> dict[str,
         done = folder.path / name / "metrics.json"
         skip = mode == "train" and done.exists() and checkpoint.latest_step(done.parent) >= stage.train_steps
         LOG.info("stage %s in %s%s", name, done.parent, " is finished" if skip else "")
-        metrics |= json.loads(done.read_text()) if skip else MODES[mode](stage, done.parent)
+        metrics |= json.loads(done.read_bytes()) if skip else MODES[mode](stage, done.parent)
     folder.write_json("metrics.json", metrics)
     return metrics
 

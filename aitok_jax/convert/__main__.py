@@ -83,7 +83,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     args = configuration.parse_flags(argv)
     if len(args) != 3:
         sys.exit("error: give FILE DIR --config=configs/X.py, or DIR FILE")
-    if checkpoint.locate(args[1]).is_dir() == (flags.FLAGS["config"].value is not None):
+    try:
+        of_directory = checkpoint.locate(args[1]).is_dir()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if of_directory == (flags.FLAGS["config"].value is not None):
         sys.exit("error: --config=configs/X.py is needed to convert a file, and belongs to no directory")
     if flags.FLAGS.key is not None and flags.FLAGS["config"].value is None:
         sys.exit("error: --key chooses in a file, and belongs to no directory; leave it out")
