@@ -101,8 +101,8 @@ def files(folder: Path) -> list[Path]:
     return _in_bucket(folder)
 
 
-def _in_bucket(folder: Path, depth: int | None = None) -> list[Path]:
-    return _urls(folder, _system(folder).find(str(folder), maxdepth=depth))
+def _in_bucket(folder: Path, levels: int | None = None) -> list[Path]:
+    return _urls(folder, _system(folder).find(str(folder), maxdepth=levels))
 
 
 def matches(pattern: Path) -> list[Path]:
