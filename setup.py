@@ -24,6 +24,7 @@ setup(
         "optax>=0.2.8",
         "chex>=0.1.92",
         "orbax-checkpoint>=0.12.8",
+        "etils[epath]>=1.15",  # paths in buckets, and with it fsspec; Orbax uses it too
         "ml-collections>=1.1.0",
         "absl-py>=2.1",
         "numpy>=2.0",
@@ -44,8 +45,10 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "gcs": ["gcsfs>=2026.9"],  # gs://
+        "s3": ["s3fs>=2026.9"],  # s3://
         "chips": ["jax[tpu]>=0.10.2"],  # compiles for TPUs that are not there: experiments/chips.py
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "gcsfs>=2026.9", "gcp-storage-emulator>=2026.7"],
         "prepare": ["apache-beam>=2.77", "mlcroissant>=1.1"],  # lowers other packages: in an environment of its own
         "notebooks": ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29"],
     },

@@ -83,12 +83,12 @@ def export(
         program = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(shapes, images)
     description = _description(predictor, task, program, images)
 
-    folder = Path(folder)
+    folder = paths.expand(folder)
     with paths.writing(folder / PROGRAM) as file:
         file.write(program.serialize())
     with paths.writing(folder / WEIGHTS) as file:
         np.savez(file, **weights)
-    description["sha256"] = {name: _sha256((folder / name).read_bytes()) for name in (PROGRAM, WEIGHTS)}
+    description["sha256"] = {name: _sha256(paths.read(folder / name)) for name in (PROGRAM, WEIGHTS)}
     paths.write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     return description
 
@@ -104,12 +104,13 @@ def load(folder: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """
     check_path("folder", folder)
     check_process()
-    sums = _read(Path(folder) / DESCRIPTION).get("sha256", {})  # older exports have none
-    program, weights = (_read(Path(folder) / name, sums.get(name)) for name in (PROGRAM, WEIGHTS))
+    folder = paths.expand(folder)
+    sums = _read(folder / DESCRIPTION).get("sha256", {})  # older exports have none
+    program, weights = (_read(folder / name, sums.get(name)) for name in (PROGRAM, WEIGHTS))
     (shapes, images), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
     wanted, found = ({name: (x.shape, x.dtype) for name, x in each.items()} for each in (shapes, weights))
     if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
-        raise ValueError(f"{Path(folder) / WEIGHTS} does not fit {PROGRAM} ({wrong[0]} differs); {AGAIN}")
+        raise ValueError(f"{folder / WEIGHTS} does not fit {PROGRAM} ({wrong[0]} differs); {AGAIN}")
     weights, call = jax.device_put(weights), jax.jit(program.call)
 
     def run(given: np.ndarray) -> dict[str, np.ndarray]:
@@ -128,7 +129,7 @@ def compare(predictor: Predictor, folder: str | Path, batch_size: int = 2) -> di
     """
     batch_size = whole_number("batch_size", batch_size)
     check_path("folder", folder)
-    description = _read(Path(folder) / DESCRIPTION)
+    description = _read(paths.expand(folder) / DESCRIPTION)
     images = np.random.default_rng(0).random((batch_size, *description["input"]["shape"][1:]), np.float32)
     found = load(folder)(images)
     predict = compiled_predict(predictor.parts[description["task"]])
@@ -145,7 +146,7 @@ def _sha256(data: bytes) -> str:
 def _read(file: Path, sha256: str | None = None) -> Any:
     """One of the files; what is wrong with it is said with its name."""
     try:
-        data = file.read_bytes()
+        data = paths.read(file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} is missing; {AGAIN}") from error
     if sha256 not in (None, _sha256(data)):

@@ -78,7 +78,7 @@ def _opened(file: str | Path | bytes) -> Iterator[Image.Image]:
     """An image whose pixels are not decoded yet; what Pillow raises inside is raised as an ImageError."""
     if max_pixels() > _MAX_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels()  # Pillow has a bound of its own
-    with open(file, "rb") if isinstance(file, str | Path) else io.BytesIO(file) as stream:
+    with io.BytesIO(file) if isinstance(file, bytes) else paths.opened(paths.expand(file)) as stream:
         try:
             image = Image.open(stream)
             _check_size(*image.size)

@@ -45,7 +45,7 @@ def run(
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} must be one of {MODES}")
-    config, workdir = ordered(config), paths.expand(workdir) if str(workdir).strip() else workdir
+    config, workdir = ordered(config), checkpoint.place(workdir) if str(workdir).strip() else workdir
     if "finetune" in config:
         config, unchanged = finetune.plan(config, workdir), None
     if "stages" not in config:
@@ -71,7 +71,7 @@ def _run_stages(config: ConfigDict, workdir: str | Path, mode: str, unchanged: C
         LOG.info("stage %s in %s%s", name, where, " is finished" if name in skipped else "")
         own = None if unchanged is None else unchanged.stages[name]
         done = name in skipped
-        metrics |= json.loads((where / "metrics.json").read_text()) if done else _run(stage, where, workdir, mode, own)
+        metrics |= json.loads((where / "metrics.json").read_bytes()) if done else _run(stage, where, workdir, mode, own)
     folder.write_json("metrics.json", metrics)
     return metrics
 
@@ -92,7 +92,7 @@ def _run(
 
 def dry_run(config: ConfigDict | Mapping, workdir: str | Path) -> None:
     """Checks a config, or all its stages, and logs what it would do, and for how long; trains nothing."""
-    config, workdir = ordered(config), paths.expand(workdir)
+    config, workdir = ordered(config), checkpoint.place(workdir)
     if "finetune" in config:
         config = finetune.plan(config, workdir)
     stages = {name: config.stages[name] for name in stage_order(config.stages)} if "stages" in config else {"": config}

@@ -46,6 +46,7 @@ LONGEST = (
     "real_masks",
     "swin_v2",
     "scaling",
+    "buckets",
     "tasks",
     "from_scratch",
 )

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from aitok_jax import main, tasks
 from aitok_jax.data import pipeline
 from aitok_jax.models import losses
-from aitok_jax.training import checkpoint, loop, preemption, run_dir, setup
+from aitok_jax.training import checkpoint, events, loop, preemption, run_dir, setup
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["aitok_jax.main", "pytest"])
@@ -152,7 +152,7 @@ def _run(values, workdir, *, devices, cache, output, slow, file_limit, stages, h
     loop._compile = sleepy(loop._compile, "compilation")
     calls = ("write_scalars", "write_texts", "write_hparams", "flush", "close")
     silent = SimpleNamespace(**dict.fromkeys(calls, lambda *_: None))
-    run_dir._event_writer = lambda _: silent
+    events._writer = lambda _: silent
     run_dir.commit = lambda: None
     run = ConfigDict({"stages": {name: values for name in stages}}) if stages else ConfigDict(values)
     with preemption.handled():

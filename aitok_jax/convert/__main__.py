@@ -86,7 +86,11 @@ def parse_flags(argv: list[str]) -> overrides.Parsed:
     parsed = overrides.parse_flags(argv, _options)
     if len(parsed.arguments) != 3:
         sys.exit("error: give FILE DIR --config=configs/X.py, or DIR FILE")
-    if checkpoint.locate(parsed.arguments[1]).is_dir() == (parsed.config is not None):
+    try:
+        of_directory = checkpoint.locate(parsed.arguments[1]).is_dir()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if of_directory == (parsed.config is not None):
         sys.exit("error: --config=configs/X.py is needed to convert a file, and belongs to no directory")
     if flags.FLAGS.key is not None and parsed.config is None:
         sys.exit("error: --key chooses in a file, and belongs to no directory; leave it out")

@@ -50,9 +50,11 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, np.ndarr
 
 def read_with_notes(path: str | Path, key: str | None = None) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """`read_weights`, and a line for each thing beside the arrays: other sets of them, and objects passed over."""
-    with Path(path).open("rb") as file:
+    with paths.opened(paths.expand(path)) as file:
         try:
-            tree, load = _read(file, os.fstat(file.fileno()).st_size)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            tree, load = _read(file, size)
             chosen, notes = weight_sets.choose(tree, key)
             for name in chosen:
                 if not name.isprintable():
@@ -175,7 +177,7 @@ def write_weights(path: str | Path, arrays: Mapping[str, np.ndarray], wrapper: s
     Raises:
       ValueError: another suffix, a dtype that the format lacks, or no torch for .pt and .pth.
     """
-    path = Path(path)
+    path = paths.expand(path)
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise ValueError(f"{path}: the suffix must be .safetensors, .pt or .pth")
     with paths.writing(path) as file:

@@ -155,8 +155,8 @@ def _coco_sources(
         _render(config, format="coco")
         root, source = paths.expand(config.root), functools.partial(coco.CocoSource, **options)
         places = (
-            (root / config.train_images, root / config.train_annotations),
-            (root / config.test_images, root / config.test_annotations),
+            (paths.inside(root, config.train_images), paths.inside(root, config.train_annotations)),
+            (paths.inside(root, config.test_images), paths.inside(root, config.test_annotations)),
         )
     trained = source(*places[0], with_objects=True, expected_count=expected_train)
     tested = source(*places[1], expected_count=expected_test)

@@ -64,7 +64,8 @@ def find_maps(modality: str, root: str, lists: Path, *, maps: str = "", val: str
     chosen = to_evaluate(images, list(pairs), share, val)
     parts = {"train": [], "val": []}
     for name, path in pairs.items():
-        parts["val" if name in chosen else "train"].append(f"{name}\t{Path(os.path.relpath(path, images)).as_posix()}")
+        place = str(path) if paths.is_url(path) else Path(os.path.relpath(path, images)).as_posix()
+        parts["val" if name in chosen else "train"].append(f"{name}\t{place}")
     for part, lines in parts.items():
         paths.write_text(lists / f"{part}.txt", "\n".join(lines) + "\n")
     data = {"root": str(images), "train_list": str(lists / "train.txt"), "test_list": str(lists / "val.txt")}
@@ -163,7 +164,7 @@ def _nyu_names(modality: Modality, folder: Path) -> dict[str, Path]:
 def _folder(root: str) -> Path:
     if not root:
         raise ValueError("data.root is empty; give your folder, as in --config.data.root=my_frames")
-    folder = paths.expand(root).absolute()
+    folder = paths.absolute(paths.expand(root))
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; set --config.data.root to your folder of images")
     return folder
@@ -180,13 +181,13 @@ def _instances(folder: Path) -> Path:
 
 def _keys(file: Path) -> Collection[str]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(paths.read(file))
     except ValueError:  # a JSON of somebody else
         return set()
     return content.keys() if isinstance(content, dict) else set()
 
 
 def _has_images(folder: Path, annotations: Path) -> bool:
-    content = json.loads(annotations.read_text(encoding="utf-8-sig")) if annotations.is_file() else {}
+    content = json.loads(paths.read(annotations)) if annotations.is_file() else {}
     entries = content["images"][:1] if isinstance(content, dict) and isinstance(content.get("images"), list) else []
     return any(isinstance(e, dict) and (folder / str(e.get("file_name", ""))).is_file() for e in entries)

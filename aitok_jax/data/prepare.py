@@ -16,6 +16,7 @@ import functools
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,13 @@ def prepare_nyu(args: argparse.Namespace) -> None:
 
 def prepare_coco(args: argparse.Namespace) -> None:
     root, source = paths.expand(args.root), functools.partial(coco.CocoSource, on_error="skip")
-    train = source(root / args.train_images, root / args.train_annotations, expected_count=args.train_count)
-    test = source(root / args.test_images, root / args.test_annotations, expected_count=args.test_count)
+    train, test = (
+        source(paths.inside(root, images), paths.inside(root, annotations), expected_count=count)
+        for images, annotations, count in (
+            (args.train_images, args.train_annotations, args.train_count),
+            (args.test_images, args.test_annotations, args.test_count),
+        )
+    )
     _write_objects(args, train, test)
 
 
@@ -48,7 +54,7 @@ def prepare_scenes(args: argparse.Namespace) -> None:
     """The built-in scenes, as pairs and as images with objects; the rendered files are deleted in the end."""
     from aitok_jax.data import scenes
 
-    root = Path(args.out) / _UNFINISHED / "scenes"
+    root = _aside(args) / "scenes"
     options = ("train", "test", "height", "width", "seed", "workers")
     scenes.ensure(root, **{name: getattr(args, name) for name in options})
     _write_pairs(args, nyu.NyuSource(Depth(), root), nyu.NyuSource(Depth(), root, subfolder="official_splits/test"))
@@ -67,8 +73,8 @@ def prepare_folder(args: argparse.Namespace) -> None:
     annotations = paths.expand(args.annotations) if args.annotations else None
     source = coco.CocoSource(paths.expand(args.images), annotations, on_error="skip") if annotations else None
 
-    images = paths.expand(args.images).absolute()
-    pairs = own.same_names(Depth(), images, paths.expand(args.depth).absolute()) if args.depth else {}
+    images = paths.absolute(paths.expand(args.images))
+    pairs = own.same_names(Depth(), images, paths.absolute(paths.expand(args.depth))) if args.depth else {}
     names = [*pairs, *(name for name in source.names if name not in pairs)] if source else list(pairs)
     tested = own.to_evaluate(images, names, args.test_share, args.val)
     if args.depth:
@@ -90,7 +96,7 @@ def prepare_folder(args: argparse.Namespace) -> None:
 def _write_pairs(args: argparse.Namespace, train: nyu.NyuSource, test: nyu.NyuSource) -> None:
     lines = {
         split: [
-            {"name": name} | {kind: str(path.absolute()) for kind, path in source.paths(i).items()}
+            {"name": name} | {kind: str(paths.absolute(path)) for kind, path in source.paths(i).items()}
             for i, name in enumerate(source.names)
         ]
         for split, source in (("train", train), ("test", test))
@@ -144,7 +150,7 @@ def _object_lines(source: coco.CocoSource) -> list[dict[str, Any]]:
     return [
         {
             "name": entry["file_name"],
-            "path": str(source.image_path(entry["file_name"]).absolute()),
+            "path": str(paths.absolute(source.image_path(entry["file_name"]))),
             "json": str(source.path),
             "entry": entry,
             "annotations": of_image[entry["id"]],
@@ -161,8 +167,15 @@ def _numbered(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _settings(args: argparse.Namespace) -> Any:
     from aitok_jax.data.preparation.write import Settings
 
-    out, options = Path(args.out).absolute(), args.beam_pipeline_options
-    return Settings(out, out / _UNFINISHED, args.max_broken, args.manifest, args.beam or bool(options), options)
+    options = args.beam_pipeline_options
+    return Settings(
+        paths.expand(args.out), _aside(args), args.max_broken, args.manifest, args.beam or bool(options), options
+    )
+
+
+def _aside(args: argparse.Namespace) -> Path:
+    """Where what is not finished is: in OUT or, for a bucket, on this machine."""
+    return (Path(args.aside) if paths.is_url(args.out) else paths.expand(args.out).absolute()) / _UNFINISHED
 
 
 _DEPTH_SCALE = (0.0, "values a metre in depth files; 0: 1000 of whole numbers (millimetres), 1 of floats")
@@ -244,11 +257,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = _parser().parse_args()
-    try:
-        args.run(args)
-        shutil.rmtree(Path(args.out) / _UNFINISHED)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with tempfile.TemporaryDirectory(prefix="aitok_prepare_") as args.aside:
+        try:
+            args.run(args)
+            shutil.rmtree(_aside(args))
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

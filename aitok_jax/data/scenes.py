@@ -12,7 +12,6 @@ import functools
 import json
 import multiprocessing
 import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,11 +56,13 @@ def _write_scene(job: _Job) -> list[dict]:
     from pycocotools import mask as coco_mask
 
     scene = render(_scene_seed(job.split, job.seed, job.index), job.height, job.width)
-    root = Path(job.root)
-    Image.fromarray(scene.image).save(root / _name(job.split, job.index, "rgb", "jpg"), quality=95)
+    root = paths.expand(job.root)
+    with paths.writing(root / _name(job.split, job.index, "rgb", "jpg")) as file:
+        Image.fromarray(scene.image).save(file, format="JPEG", quality=95)
     if job.format != "coco":
         for kind, picture in _maps(scene).items():
-            Image.fromarray(picture).save(root / _name(job.split, job.index, kind, "png"), compress_level=1)
+            with paths.writing(root / _name(job.split, job.index, kind, "png")) as file:
+                Image.fromarray(picture).save(file, format="PNG", compress_level=1)
     if job.format == "nyu":
         return []
     annotations = []
@@ -133,20 +134,17 @@ def write(
     settings = _settings(train=train, test=test, height=height, width=width, seed=seed, format=format)
     if workers < 1:
         raise ValueError(f"workers={workers} must be 1 or more")
-    root = Path(root)
+    root = paths.expand(root)
     _clear(root)
     paths.write_text(root / _UNFINISHED, json.dumps(settings))
     for split, count in (("train", train), ("test", test)):
         names = [_name(split, i, "rgb", "jpg") for i in range(count)]
-        for folder in {(root / name).parent for name in names}:
-            folder.mkdir(parents=True, exist_ok=True)
         jobs = [_Job(str(root), split, i, seed, height, width, format) for i in range(count)]
         annotations = _run(jobs, workers, f"scenes: {split}")
         if format != "coco":
             lines = [f"/{name} /{_name(split, i, 'sync_depth', 'png')}\n" for i, name in enumerate(names)]
-            (root / f"{split}.txt").write_text("".join(lines))
+            paths.write_text(root / f"{split}.txt", "".join(lines))
         if format != "nyu":
-            (root / "annotations").mkdir(exist_ok=True)
             content = _annotations_file(split, count, height, width, annotations)
             paths.write_text(root / "annotations" / f"instances_{split}.json", json.dumps(content))
     paths.write_text(root / _RECORD, json.dumps(settings))
@@ -160,11 +158,11 @@ def ensure(root: str | os.PathLike, *, seed: int = 0, workers: int = 2, format: 
         ValueError: the root holds scenes of other settings; or see `write`.
     """
     settings = _settings(seed=seed, format=format, **scenes)
-    record = Path(root) / _RECORD
+    record = paths.expand(root) / _RECORD
     if not record.is_file():
         write(root, seed=seed, workers=workers, format=format, **scenes)
         return
-    present = json.loads(record.read_text())
+    present = json.loads(paths.read(record))
     if present != settings:
         raise ValueError(
             f"{root} holds scenes of other settings: it has {present}, wanted are {settings}; "
@@ -189,12 +187,13 @@ def _settings(*, train: int, test: int, height: int, width: int, seed: int, form
 def _clear(root: Path) -> None:
     """Makes the folder, or removes earlier scenes from it; never touches a folder with other content."""
     root.mkdir(parents=True, exist_ok=True)
-    if any(root.iterdir()) and not any((root / name).is_file() for name in (_RECORD, _UNFINISHED)):
+    if any(root.glob("*")) and not any((root / name).is_file() for name in (_RECORD, _UNFINISHED)):
         raise ValueError(f"{root} holds files that are no built-in scenes; give a new or empty folder")
     if (root / _RECORD).is_file():
-        (root / _RECORD).replace(root / _UNFINISHED)  # from here on the scenes are incomplete
+        paths.write_text(root / _UNFINISHED, "")  # from here on the scenes are incomplete
+        (root / _RECORD).unlink()
     for folder in (*root.glob("scene_*"), root / "official_splits", root / "annotations"):
-        shutil.rmtree(folder, ignore_errors=True)
+        paths.remove_tree(folder)
     for split in ("train", "test"):
         (root / f"{split}.txt").unlink(missing_ok=True)
 

@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aitok_jax import visualize
+from aitok_jax import paths, visualize
 from aitok_jax.data import pipeline
 from aitok_jax.data.sources.files import READ_ERRORS, DataError
 from aitok_jax.evaluators.batches import Evaluation, Mean, to_host
@@ -158,4 +157,4 @@ def _write_panels(arrays: tuple, evaluation: Evaluation) -> None:
             confidence=outputs["confidence"][row] if "confidence" in outputs else None,
             title=name,
         )
-        save_png(Path(evaluation.panels_dir) / visualize.png_name(name), picture)
+        save_png(paths.expand(evaluation.panels_dir) / visualize.png_name(name), picture)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aitok_jax import visualize
+from aitok_jax import paths, visualize
 from aitok_jax.evaluators.average_precision import KINDS, CocoScorer, names_of
 from aitok_jax.evaluators.batches import Evaluation, to_host
 from aitok_jax.image import save_png
@@ -48,7 +48,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, float]:
             results = paste.to_results(objects, source.ids[index], source.category_ids, scale, size)
             scorer.add(source.ids[index], results)
             if evaluation.panels_dir is not None and index < evaluation.panels:
-                _write_panel(results, source, index, Path(evaluation.panels_dir), with_masks)
+                _write_panel(results, source, index, paths.expand(evaluation.panels_dir), with_masks)
     left_out = scorer.leave_out_missing()
     numbers = scorer.result(tuple(KINDS) if with_masks else ("box",))
     if left_out:

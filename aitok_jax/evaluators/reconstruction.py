@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from aitok_jax import visualize
+from aitok_jax import paths, visualize
 from aitok_jax.evaluators.average_precision import CocoScorer, names_of
 from aitok_jax.evaluators.batches import Evaluation, to_host
 from aitok_jax.image import save_png
@@ -46,7 +46,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, float]:
             overlaps.append(overlap)
     scorer = CocoScorer.of(coco, [result for its_results in results.values() for result in its_results])
     if evaluation.panels_dir is not None:
-        _write_panels(coco, results, Path(evaluation.panels_dir), evaluation.panels)
+        _write_panels(coco, results, paths.expand(evaluation.panels_dir), evaluation.panels)
     return evaluation.named(scorer.result(KINDS_OF_MASKS) | {"mask_iou": float(np.mean(overlaps))})
 
 

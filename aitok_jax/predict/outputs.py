@@ -33,18 +33,22 @@ class Results:
 
     def __init__(self, folder: str | Path, overwrite: bool = False):
         self.folder, self._overwrite = paths.expand(folder), overwrite
+        if not paths.is_url(folder):
+            self._check_local()
+        self._ours = self.of(self.folder)
+
+    def _check_local(self) -> None:
         there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not there.is_dir():
-            raise NotADirectoryError(f"--out={folder}: {there} is a file; give a folder for the results")
+            raise NotADirectoryError(f"--out={self.folder}: {there} is a file; give a folder for the results")
         if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(f"--out={folder}: {there} may not be written to; give another folder")
-        self._ours = self.of(self.folder)
+            raise PermissionError(f"--out={self.folder}: {there} may not be written to; give another folder")
 
     @classmethod
     def of(cls, folder: Path) -> set[str]:
         """The names of the results in a folder."""
         try:
-            lines = (folder / cls.INDEX).read_text(encoding="utf-8").splitlines()
+            lines = paths.read(folder / cls.INDEX).decode().splitlines()
         except FileNotFoundError:
             return set()
         return {json.loads(line) for line in lines if line.endswith('"')}  # a kill may leave half a line
@@ -62,8 +66,8 @@ class Results:
         """Notes that these files, about to be written, are ours."""
         self.check(names)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / self.INDEX).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(name) + "\n" for name in names if name not in self._ours)
+        lines = [json.dumps(name) + "\n" for name in names if name not in self._ours]
+        paths.append(self.folder / self.INDEX, "".join(lines))
         self._ours |= set(names)
 
 
@@ -84,7 +88,7 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
             found, others = paths.find(path, paths.IMAGE_SUFFIXES, below=False)
             others = [other for other in others if other.name != Results.INDEX]
         elif glob.has_magic(name) and not path.exists():
-            found = _matches(path)
+            found = paths.matches(path)
         ours = {folder: Results.of(folder) for folder in {file.parent for file in found}}
         results = [file for file in found if file.name in ours[file.parent]]
         files += [file for file in found if file.name not in ours[file.parent]]
@@ -94,13 +98,6 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
             raise ValueError(f"--image={name}: {why}; give files, a folder or a quoted pattern")
         passed_over += others + results
     return files, passed_over
-
-
-def _matches(pattern: Path) -> list[Path]:
-    """Files that a pattern matches; brackets in the name of a folder that exists are no pattern."""
-    there = next(path for path in pattern.parents if path.exists())
-    found = glob.glob(os.path.join(glob.escape(str(there)), pattern.relative_to(there)), recursive=True)
-    return [path for path in map(Path, sorted(found)) if path.is_file()]
 
 
 def name_results(files: Sequence[Path]) -> dict[Path, str]:

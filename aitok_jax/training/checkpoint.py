@@ -4,8 +4,9 @@ A run keeps them in WORKDIR/checkpoints/STEP with three items: `state` (everythi
 ({'params', 'model_state'}; the moving average of the parameters where there is one) and `config` (JSON). WORKDIR/best
 has the last two of the best evaluation, where the config names a `best_metric`.
 
-A checkpoint appears under its name when all of it is written, with checksums of its files. One that cannot be read all
-the same, or is not as it was written, is passed over, with a warning, for the one before it.
+A checkpoint appears under its name when all of it is written, with checksums of its files; in a bucket, where nothing
+can be renamed, it counts from when its commit_success.txt is there. One that cannot be read all the same, or is not as
+it was written, is passed over, with a warning, for the one before it.
 """
 
 import contextlib
@@ -46,8 +47,8 @@ def open_manager(workdir: str | Path, *, keep: int = 1) -> ocp.CheckpointManager
 
     What an interrupted save has left is removed.
     """
-    folder = Path(workdir) / FOLDER
-    for left in sorted(folder.glob("*.orbax-checkpoint-tmp*")):
+    folder = place(workdir) / FOLDER
+    for left in _unfinished(folder):
         LOG.warning("%s is a save that was cut off; removed", left)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
     return _manager(folder, options)
@@ -56,7 +57,7 @@ def open_manager(workdir: str | Path, *, keep: int = 1) -> ocp.CheckpointManager
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     def seal():
         """Everything is written, but not yet under its name."""
-        for step in folder.absolute().glob("*.orbax-checkpoint-tmp*"):
+        for step in _unfinished(folder):
             checksums.write(step)
 
     sealing = ocp.AsyncOptions(post_finalization_callback=seal)
@@ -66,7 +67,29 @@ def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
         "inference": ocp.PyTreeCheckpointHandler(),
         "config": ocp.JsonCheckpointHandler(),
     }
-    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+    return ocp.CheckpointManager(paths.absolute(folder), options=options, item_handlers=handlers)
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What is being saved there, or was when it was cut off."""
+    if not paths.is_url(folder):
+        return sorted(paths.absolute(folder).glob("*.orbax-checkpoint-tmp*"))
+    return [step for step in sorted(folder.glob("*")) if step.name.isdigit() and not _is_whole(step)]
+
+
+def _is_whole(step: Path) -> bool:
+    return not paths.is_url(step) or (step / checksums.COMMITTED).exists()
+
+
+def place(path: str | Path) -> Path:
+    """Where a run is that a user names. ValueError where its checkpoints cannot be there; see `paths.expand` too."""
+    path = paths.expand(path)
+    if paths.is_url(path) and not str(path).startswith("gs://"):
+        raise ValueError(
+            f"{path}: Orbax keeps checkpoints in local folders and under gs:// alone; give one of these, and copy the "
+            "run from there or to there"
+        )
+    return path
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, config: ConfigDict) -> None:
@@ -92,7 +115,7 @@ def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of Orbax, TensorStore or the file system
-        folder = Path(manager.directory)
+        folder = paths.expand(manager.directory)
         raise OSError(
             f"a checkpoint could not be written to {folder} ({_brief(error)}); make room there and give the same "
             f"command again, which goes on from step {max(_find_checkpoints(folder)[1], default=0)}"
@@ -119,7 +142,7 @@ def save_best(
     def score(metrics):
         return sign * metrics.get(name, -sign * np.inf)
 
-    folder = Path(workdir) / BEST
+    folder = place(workdir) / BEST
     options = ocp.CheckpointManagerOptions(max_to_keep=1, best_fn=score, create=True, cleanup_tmp_directories=True)
     with _reading(folder, "; delete it, and the same command goes on"):
         manager = _manager(folder, options)
@@ -169,7 +192,7 @@ def restore_latest(
     """
     errors = {}
     for step in sorted(manager.all_steps(), reverse=True):
-        where = Path(manager.directory) / str(step)
+        where = paths.expand(manager.directory) / str(step)
         damage = checksums.problem(where, ("config", "state")) if jax.process_index() == 0 else ""
         if not _everywhere(not damage):
             errors[where] = DamagedError(f"{where} cannot be read: {damage or 'see the first host'}")
@@ -183,14 +206,14 @@ def restore_latest(
             return state
         errors.setdefault(where, DamagedError(f"{where} cannot be read on another host"))
     if errors:
-        raise _none_readable(Path(manager.directory), errors.values())
+        raise _none_readable(paths.expand(manager.directory), errors.values())
     return None
 
 
 def _restore(manager, step: int, where: Path, abstract_state: TrainState, config: ConfigDict | None) -> TrainState:
     with _reading(where):
         saved = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-        has_state = "state" in json.loads((where / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+        has_state = "state" in json.loads(paths.read(where / "_CHECKPOINT_METADATA"))["item_handlers"]
     if config is not None:
         _check_same_run(saved, config, where)
     if not has_state:
@@ -236,7 +259,7 @@ def _put_aside(manager: ocp.CheckpointManager, errors: Mapping[Path, Exception],
             aside = aside.with_name(f"{aside.name}+")
         LOG.warning("%s; going on from %s instead, and keeping the other as %s", error, used, aside.name)
         if jax.process_index() == 0:
-            where.rename(aside)
+            paths.move(where, aside)
     if errors:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are put aside")
@@ -312,7 +335,7 @@ def load_inference(path: str | Path, step: int | None = None) -> tuple[ConfigDic
       FileNotFoundError: no checkpoint there, or not of that step.
       DamagedError: none of them (or not that step) can be read; otherwise the latest that can is taken, with a warning.
     """
-    folder, steps = _find_checkpoints(locate(path))
+    folder, steps = _find_checkpoints(place(locate(path)))
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {path}; give a run directory, its {FOLDER}/ or one checkpoint in it")
     if step is not None and step not in steps:
@@ -346,14 +369,15 @@ def _load(folder: Path, step: int) -> tuple[ConfigDict, dict[str, Any]]:
 
 def latest_step(path: str | Path) -> int:
     """The step of the latest checkpoint of a run directory, -1 where there is none."""
-    return max(_find_checkpoints(Path(path))[1], default=-1)
+    return max(_find_checkpoints(place(path))[1], default=-1)
 
 
 def _find_checkpoints(path: Path) -> tuple[Path, list[int]]:
     if (path / "inference").is_dir() and path.name.isdigit():
         return path.parent, [int(path.name)]
     for folder in (path / FOLDER, path):
-        steps = [int(p.parent.name) for p in folder.glob("*/inference") if p.parent.name.isdigit()]
+        found = [path.parent for path in folder.glob("*/inference")]
+        steps = [int(step.name) for step in found if step.name.isdigit() and _is_whole(step)]
         if steps:
             return folder, steps
     return path, []

@@ -54,7 +54,7 @@ def plan(config: ConfigDict, workdir: str | Path) -> ConfigDict:
     saved, _ = checkpoint.load_inference(source)
     if saved.task.name != "solver":
         raise ValueError(f"from={source}: it is no run of a solver; give one, or from=builtin")
-    found = _find(config, kind, Path(workdir) / "data")
+    found = _find(config, kind, checkpoint.place(workdir) / "data")
     size = config.finetune.size or _size_of(saved)
     steps = config.steps or _steps(kind, found.train, config.batch_size)
     stages = {}

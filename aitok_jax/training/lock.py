@@ -2,11 +2,13 @@
 
 `run.lock` in the folder holds the process that has it and a heartbeat, in JSON. It stays, empty, when the process is
 done. What a kill has left is taken over: at once on the machine where that process is no more, and elsewhere when the
-heartbeat has stood still for STALE seconds.
+heartbeat has stood still for STALE seconds. A bucket locks nothing: of two that take a folder there at the same moment,
+the one that wrote last has it, and the other notices SETTLED seconds later.
 """
 
 import contextlib
 import fcntl
+import io
 import json
 import logging
 import os
@@ -19,11 +21,11 @@ from typing import Any, TextIO
 
 import jax
 
-from aitok_jax.paths import listed
+from aitok_jax import paths
 
 LOG = logging.getLogger(__name__)
 FILE = "run.lock"
-HEARTBEAT, STALE = 5.0, 60.0  # seconds
+HEARTBEAT, STALE, SETTLED = 5.0, 60.0, 2.0  # seconds
 WRITTEN = ("config.json", "data.json", "env.json", "metrics.json", "metrics.jsonl", "panels")  # by a run, in its folder
 
 
@@ -37,7 +39,7 @@ def held(folder: str | Path) -> Iterator[None]:
     """
     if not str(folder).strip():
         raise ValueError("--workdir is empty (is a variable unset?); give a folder for the run")
-    folder = Path(folder)
+    folder = paths.expand(folder)
     if jax.process_index() != 0:
         yield
         return
@@ -45,7 +47,7 @@ def held(folder: str | Path) -> Iterator[None]:
     check_ours(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).touch()
+        paths.append(folder / FILE, "")
     except OSError as error:
         raise OSError(f"cannot write to the run directory {folder} ({error}); give another --workdir") from error
     me = _me()
@@ -66,7 +68,7 @@ def check_ours(folder: Path) -> None:
     there = [name for name in WRITTEN if (folder / name).exists()]
     if there and not (folder / FILE).exists() and not _is_run(folder / "config.json"):
         raise ValueError(
-            f"{folder} is no run's folder, but holds {listed(there)}, which a run would write over; "
+            f"{folder} is no run's folder, but holds {paths.listed(there)}, which a run would write over; "
             "give another --workdir"
         )
 
@@ -74,7 +76,7 @@ def check_ours(folder: Path) -> None:
 def _is_run(config: Path) -> bool:
     """Whether this is the configuration of a run, of a version without locks too."""
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(paths.read(config))
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and ("task" in content or "stages" in content)
@@ -97,7 +99,14 @@ def _started(process: int) -> str:
 
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[TextIO]:
-    """The lock's file, to be read and changed by one process at a time."""
+    """The lock's file, to be read and changed; where it is local, by one process at a time."""
+    if paths.is_url(folder):
+        before = paths.read(folder / FILE).decode()
+        with io.StringIO(before) as file:
+            yield file
+            if file.getvalue() != before and (folder / FILE).exists():
+                paths.write_text(folder / FILE, file.getvalue())
+        return
     with (folder / FILE).open("r+", encoding="utf-8") as file:
         with contextlib.suppress(OSError):  # some network file systems have no locks: heartbeats remain
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -128,13 +137,22 @@ def _acquire(folder: Path, me: dict[str, Any]) -> None:
                 _put(file, me)
                 break
         if holder != first or holder["host"] == me["host"]:
-            raise ValueError(
-                f"{folder} is in use by process {holder['process']} on {holder['host'].split()[0]}; "
-                "wait until it is done, stop it, or give another --workdir"
-            )
+            raise _in_use(folder, holder)
         if time.monotonic() - since < 1:
             LOG.warning("%s was left by a process on %s; taking it over in %d s", folder, holder["host"], STALE)
         time.sleep(1)
+    if paths.is_url(folder):
+        time.sleep(SETTLED)
+        with _opened(folder) as file:
+            if (holder := _holder(file)) and not _is_mine(holder, me):
+                raise _in_use(folder, holder)
+
+
+def _in_use(folder: Path, holder: dict[str, Any]) -> ValueError:
+    return ValueError(
+        f"{folder} is in use by process {holder['process']} on {holder['host'].split()[0]}; "
+        "wait until it is done, stop it, or give another --workdir"
+    )
 
 
 def _is_gone(holder: dict[str, Any], me: dict[str, Any]) -> bool:

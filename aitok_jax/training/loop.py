@@ -102,9 +102,9 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
 def _evaluate_run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     saved, variables = checkpoint.load_inference(workdir)
-    checkpoint.check_same_parts(saved, config, Path(workdir))
+    checkpoint.check_same_parts(saved, config, workdir)
     run = set_up(config, workdir)
-    checkpoint.check_shapes(variables, variable_shapes(run.task), Path(workdir))
+    checkpoint.check_shapes(variables, variable_shapes(run.task), workdir)
     variables = _put(variables, sharding.state_shardings(variables, run.mesh))
     metrics = evaluate_all(run, variables["params"], variables["model_state"])
     run.folder.write_json("metrics.json", metrics)
@@ -251,6 +251,7 @@ def _loop(
             with run.folder.untimed():
                 if save:
                     check_finite(number, jax.device_get(metrics))
+                    run.folder.flush()
                     checkpoint.save(manager, state, config)
                 if stop or number == last:
                     checkpoint.finish(manager)

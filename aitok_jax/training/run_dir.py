@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from aitok_jax import paths
 from aitok_jax.config import flatten
+from aitok_jax.image import read_image
+from aitok_jax.training.events import Events
 
 LOG = logging.getLogger(__name__)
 _PACKAGES = ("aitok_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu", "tensorflow")
@@ -32,7 +32,7 @@ class RunDir:
     """Writes into a run directory, which is made where absent; hosts other than the first write nothing."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = paths.expand(path)
         self.panels = self.path / "panels"
         self._first_host = jax.process_index() == 0
         self._events = None
@@ -41,7 +41,8 @@ class RunDir:
         if self._first_host:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=self.path).close()
+                if not paths.is_url(path):
+                    tempfile.TemporaryFile(dir=self.path).close()
             except OSError as error:
                 raise OSError(f"cannot write to the run directory {path} ({error}); give another --workdir") from error
 
@@ -66,7 +67,7 @@ class RunDir:
         if not start or not path.exists():
             self.write_json("data.json", fingerprint)
             return
-        before, now = (flatten(values) for values in (json.loads(path.read_text()), fingerprint))
+        before, now = (flatten(values) for values in (json.loads(paths.read(path)), fingerprint))
         changed = [
             f"{name} was {str(before.get(name))[:12]}, is {str(now.get(name))[:12]}"
             for name in sorted(before | now)
@@ -90,8 +91,7 @@ class RunDir:
         """
         self._drop_lines_after(start)
         if self._first_host:
-            _drop_events_after(self.path, start)
-            self._events = _event_writer(self.path)
+            self._events = Events(self.path, start)
         self._batch_size, self._last = batch_size, (start, self._now())
         try:
             yield
@@ -117,7 +117,7 @@ class RunDir:
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """What the evaluations measured, by step."""
-        lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in paths.read(self.path / "metrics.jsonl").splitlines()]
         return {
             line.pop("step"): {name: math.nan if value is None else value for name, value in line.items()}
             for line in lines
@@ -132,8 +132,13 @@ class RunDir:
         values = {key: values[key] for key in (*(key for key in changed if key in values), *values)}
         lines = ["| key | value | in the file |", "|---|---|---|"]
         lines += [f"| {k} | {v} | {changed[k][0] if k in changed else ''} |" for k, v in values.items()]
-        self._events.write_texts(step, {"config": "\n".join(lines)})
-        self._events.write_hparams({k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()})
+        numbers = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
+        self._events.configuration(step, "\n".join(lines), numbers)
+
+    def flush(self) -> None:
+        """What was logged is there to stay when this process is killed."""
+        if self._events is not None:
+            self._events.flush()
 
     def evaluated(self, step: int) -> bool:
         """Whether an evaluation of this step was logged before the run went on."""
@@ -143,25 +148,22 @@ class RunDir:
         """Logs the metrics of an evaluation, and shows the panels it left."""
         self._write(step, {name: float(value) for name, value in metrics.items()}, "")
         if self._events is not None:
-            for file in sorted(self.panels.rglob("*.png"))[:_MAX_IMAGES]:
-                name = file.relative_to(self.path).with_suffix("").as_posix()
-                with Image.open(file) as image:
-                    self._events.write_images(step, {name: np.asarray(image.convert("RGB"))[None]})
-            self._events.flush()
+            for file in paths.find(self.panels, {".png"})[0][:_MAX_IMAGES]:
+                self._events.image(step, file.relative_to(self.path).with_suffix("").as_posix(), read_image(file))
+            self.flush()
 
     def _write(self, step: int, metrics: dict[str, float], prefix: str) -> None:
         if not self._first_host:
             return
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step} | numbers) + "\n")
-        self._events.write_scalars(step, {prefix + name: value for name, value in metrics.items()})
+        paths.append(self.path / "metrics.jsonl", json.dumps({"step": step} | numbers) + "\n")
+        self._events.scalars(step, {prefix + name: value for name, value in metrics.items()})
 
     def _drop_lines_after(self, step: int) -> None:
         """All hosts must know what was evaluated; the first one alone writes."""
         file = self.path / "metrics.jsonl"
         if file.exists():
-            lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            lines = [line for line in paths.read(file).decode().splitlines(keepends=True) if line.endswith("}\n")]
             kept = {line: json.loads(line) for line in lines if json.loads(line)["step"] <= step}
             self._evaluated = {values["step"] for values in kept.values() if "loss" not in values}
             if self._first_host:
@@ -169,31 +171,6 @@ class RunDir:
 
     def _now(self) -> float:
         return time.perf_counter() - self._untimed
-
-
-def _drop_events_after(folder: Path, step: int) -> None:
-    """Of TensorBoard's files, which would show what comes again twice."""
-    files = sorted(folder.glob("events.out.tfevents.*"))
-    if not files:
-        return
-    import tensorflow as tf
-
-    part = folder / "events.part"  # a kill may leave it; TensorBoard does not take it for one of its files
-    for file in files:
-        with tf.io.TFRecordWriter(str(part)) as writer:
-            try:
-                for record in tf.compat.v1.io.tf_record_iterator(str(file)):
-                    if tf.compat.v1.Event.FromString(record).step <= step:
-                        writer.write(record)
-            except tf.errors.DataLossError:
-                LOG.info("%s ends in the middle of an event", file)
-        part.replace(file)
-
-
-def _event_writer(path: Path) -> Any:
-    from clu import metric_writers  # imports TensorFlow, which is slow
-
-    return metric_writers.SummaryWriter(str(path))
 
 
 def commit() -> str | None:

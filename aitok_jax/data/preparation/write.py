@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from aitok_jax import paths
 from aitok_jax.data.preparation.builder import Line, PreparedBuilder, check_broken, problems, read_reports
 from aitok_jax.data.sources import prepared
 from aitok_jax.data.sources.files import DataError
@@ -20,7 +21,7 @@ from aitok_jax.data.sources.files import DataError
 class Settings:
     """Attributes:
     out: folder to make the data in; it becomes OUT/NAME/VERSION.
-    aside: folder for what is not finished, on the same disk.
+    aside: local folder for what is not finished, on the disk of `out` where that is local too.
     max_broken: broken files and annotations above which it stops with an error.
     manifest: folder with manifest_SPLIT.jsonl that names and hashes must be equal to; '' = none.
     beam, beam_options: whether Apache Beam runs it, and the options of its pipeline, `name=value,...`.
@@ -81,13 +82,23 @@ def build(
     _check_any_sound(reports)
     sound = {split: [entry for entry in reports[split] if "problem" not in entry] for split in reports}
     if settings.manifest:
-        _check_manifest(Path(settings.manifest), sound)
+        _check_manifest(paths.expand(settings.manifest), sound)
     _write_files(made.data_path, sound, broken, annotations or {}, description or {})
-    made.data_path.parent.rename(place)
+    _put(Path(made.data_path.parent), place)
     for folder in (work, data):
         shutil.rmtree(folder)
     counts = " and ".join(f"{len(entries)} {split}" for split, entries in sound.items())
     print(f"{place}: {counts} examples; {len(broken)} broken{', see broken.txt there' * bool(broken)}")
+
+
+def _put(folder: Path, place: Path) -> None:
+    """Moves what is whole into place; into a bucket, file by file."""
+    if not paths.is_url(place):
+        folder.rename(place)
+        return
+    for file in sorted(paths.files(folder), key=lambda file: file.name == prepared.LAST):
+        with paths.writing(place / file.relative_to(folder).as_posix()) as copy:
+            copy.write(file.read_bytes())
 
 
 def _write_lines(work: Path, lines: dict[str, list[Line]]) -> None:
@@ -148,7 +159,7 @@ def _write_files(
     (folder / "broken.txt").write_text("".join(line + "\n" for line in broken), encoding="utf-8")
     digests = {split: digest for split, (_, digest) in annotations.items()}
     written = description | {"annotations": digests, "broken": len(broken)}
-    (folder / "prepared.json").write_text(json.dumps(written), encoding="utf-8")
+    (folder / prepared.LAST).write_text(json.dumps(written), encoding="utf-8")
 
 
 def _beam_options(settings: Settings) -> Any:

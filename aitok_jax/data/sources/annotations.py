@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from aitok_jax import image
+from aitok_jax import image, paths
 from aitok_jax.data.sources import segmentations
 from aitok_jax.data.sources.files import DataError, digest
 from aitok_jax.data.sources.segmentations import Wrong, shown
@@ -92,7 +92,7 @@ def has_extent(annotation: Annotation, height: int, width: int) -> bool:
 def _read(path: Path) -> tuple[dict[str, list], str]:
     """The lists of a JSON, entries unchecked, and the digest of the file."""
     try:
-        text = path.read_bytes()
+        text = paths.read(path)
         content = _parsed(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such annotations file; set data.root and the annotation files") from None

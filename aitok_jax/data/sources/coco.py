@@ -11,6 +11,7 @@ from absl import logging
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from aitok_jax import paths
 from aitok_jax.data.sources.annotations import MIN_SIDE, Annotation, corners, counted, has_extent, load
 from aitok_jax.data.sources.files import DataError, File, Skipping, decode_image, digest, read_file
 
@@ -59,8 +60,8 @@ class CocoSource(Skipping):
         expected_count: int = 0,
     ):
         super().__init__(on_error)
-        self.masks, self.path = masks, Path(annotations)
-        self._folder, self._cache = Path(images), {} if cache else None
+        self.masks, self.path = masks, paths.expand(annotations)
+        self._folder, self._cache = paths.expand(images), {} if cache else None
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{self._folder}: no such folder of images; set data.root and the image folders")
         self.content, self._digest, faults = load(self.path, self._folder, masks=masks, on_error=on_error)
@@ -242,7 +243,7 @@ class MaskSource(Skipping):
 def read_image_file(path: str | Path) -> File:
     """An image file as an instances JSON names it: whatever keeps it from being read is an error that names it."""
     try:
-        if Path(path).exists() and not Path(path).is_file():
+        if not paths.is_url(path) and Path(path).exists() and not Path(path).is_file():
             raise DataError(f"{path} is no file; correct its file_name, or set on_error='skip'")
         return read_file(path)
     except FileNotFoundError:

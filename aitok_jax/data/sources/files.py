@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
+from aitok_jax import paths
 from aitok_jax.image import ImageError, read_image, read_shape
 
 
@@ -67,7 +68,7 @@ class Skipping:
 
 def read_file(path: str | Path) -> File:
     try:
-        return File(str(path), Path(path).read_bytes())
+        return File(str(path), paths.read(paths.expand(path)))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: missing file; restore it, take it off the list, or set on_error='skip'"

@@ -59,7 +59,7 @@ class NyuSource(PairSource):
             raise FileNotFoundError(
                 f"{self._folder}: no such data folder; set data.root (and the subfolder) to the folder of the scenes"
             )
-        origin = paths.expand(root) / list_file if list_file else self._folder
+        origin = paths.inside(paths.expand(root), list_file) if list_file else self._folder
         pairs = self._from_list(origin) if list_file else self._from_folder(leave_out_test=not subfolder)
         if not pairs:
             raise DataError(
@@ -76,7 +76,8 @@ class NyuSource(PairSource):
 
     def paths(self, index: int) -> dict[str, Path]:
         """Where the 'image' and, by the modality's name, the map of an example are."""
-        return {"image": self._folder / self.names[index], self.modality.name: self._folder / self._map_names[index]}
+        names = {"image": self.names[index], self.modality.name: self._map_names[index]}
+        return {kind: paths.inside(self._folder, name) for kind, name in names.items()}
 
     def _file(self, index: int, kind: str) -> File:
         return read_file(self.paths(index)[kind])

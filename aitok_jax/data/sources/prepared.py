@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from aitok_jax import paths
 from aitok_jax.data.sources import coco
 from aitok_jax.data.sources.files import DataError, File, decode_image
 from aitok_jax.data.sources.pairs import PairSource
@@ -20,6 +21,7 @@ from aitok_jax.tasks.modalities.depth import Depth
 
 MODALITY = Depth()
 """Of the maps that can be prepared."""
+LAST = "prepared.json"
 NYU, COCO, TFDS_NYU = "nyu_pairs", "coco_instances", "nyu_depth_v2"
 _NAMES = {"nyu": (NYU, TFDS_NYU), "coco": (COCO,)}
 _SPLITS = {NYU: ("train", "test"), COCO: ("train", "test"), TFDS_NYU: ("train", "validation")}
@@ -30,7 +32,7 @@ def find(root: str | Path, kind: str) -> Path | None:
 
     None where there is none. ValueError where `root` is of another kind, or holds several data sets of this one.
     """
-    root = Path(root)
+    root = paths.expand(root)
     if (root / "dataset_info.json").is_file():
         name = read_info(root).get("name")
         if name not in _NAMES[kind]:
@@ -134,10 +136,10 @@ class PreparedCoco(coco.CocoSource):
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    path = folder / "prepared.json"
+    path = folder / LAST
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing file; the data was not prepared to the end or not copied whole")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(paths.read(path))
 
 
 def read_manifest(folder: Path, split: str) -> list[dict[str, str]]:
@@ -145,7 +147,7 @@ def read_manifest(folder: Path, split: str) -> list[dict[str, str]]:
     path = folder / f"manifest_{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing file; the data was not prepared to the end or not copied whole")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in paths.read(path).splitlines()]
 
 
 def _manifest_names(folder: Path, split: str, records: Records) -> list[str]:

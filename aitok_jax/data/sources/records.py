@@ -4,15 +4,19 @@ A record is a length (uint64), its masked CRC-32C (uint32), that many bytes, and
 read once for the places of the records; every read checks the sum of what it gives.
 """
 
+import concurrent.futures
 import json
+import os
 import struct
 from pathlib import Path
 
 import numpy as np
 
+from aitok_jax import paths
 from aitok_jax.data.sources.files import DataError
 
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
+_SCANNED_AT_ONCE = 16  # files
 _ADVICE = "copy it anew from where it was prepared, prepare the data again, or set on_error='skip'"
 
 
@@ -20,7 +24,7 @@ class Records:
     """The records of a split in the order of its files.
 
     Args:
-      folder: of a prepared data set, with dataset_info.json.
+      folder: of a prepared data set, with dataset_info.json; in a bucket, its files are gone through once.
       split: a split of it.
       on_error: 'raise' refuses files that end early or whose headers are broken at once; 'skip' only when one of the
         records that cannot be found there is read.
@@ -32,15 +36,18 @@ class Records:
     """
 
     def __init__(self, folder: str | Path, split: str, on_error: str = "raise"):
-        self._shards = _shards(Path(folder), split)
-        starts, self._problems = [], {}
-        for shard, (path, count) in enumerate(self._shards):
-            places, problem = _scan(path, count)
+        self._shards = _shards(paths.expand(folder), split)
+        starts, stops, self._problems = [], [], {}
+        with concurrent.futures.ThreadPoolExecutor(_SCANNED_AT_ONCE) as pool:
+            scans = list(pool.map(_scan, *zip(*self._shards, strict=True)))
+        for shard, ((_, count), (places, problem)) in enumerate(zip(self._shards, scans, strict=True)):
             if problem and on_error == "raise":
                 raise DataError(problem)
             self._problems[shard] = problem
-            starts.append(np.array(places + [-1] * (count - len(places)), np.int64))
-        self._starts = np.concatenate(starts)
+            places += [(-1, -1)] * (count - len(places))
+            starts += [start for start, _ in places]
+            stops += [stop for _, stop in places]
+        self._starts, self._stops = np.array(starts, np.int64), np.array(stops, np.int64)
         self._ends = np.cumsum([count for _, count in self._shards])
 
     def __len__(self) -> int:
@@ -55,12 +62,11 @@ class Records:
         """A record's bytes. Raises DataError where they are not the ones that were written."""
         if self._starts[index] < 0:
             raise DataError(self._problems[self._place(index)[0]])
-        with open(self._shards[self._place(index)[0]][0], "rb") as file:
-            file.seek(self._starts[index])
-            length = _length(file.read(_HEADER.size))
-            content = file.read(length or 0)
-            footer = file.read(_FOOTER.size)
-        if length is None or len(footer) < _FOOTER.size or _FOOTER.unpack(footer)[0] != _masked_sum(content):
+        path, start, stop = self._shards[self._place(index)[0]][0], int(self._starts[index]), int(self._stops[index])
+        record = paths.read_range(path, start, stop)
+        content, footer = record[_HEADER.size : -_FOOTER.size], record[-_FOOTER.size :]
+        whole = len(record) == stop - start and _length(record[: _HEADER.size]) == len(content)
+        if not whole or _FOOTER.unpack(footer)[0] != _masked_sum(content):
             raise DataError(f"{self.name(index)} is corrupt: its checksum does not fit; {_ADVICE}")
         return content
 
@@ -74,7 +80,7 @@ def read_info(folder: Path) -> dict:
     """The content of a prepared data set's dataset_info.json."""
     path = folder / "dataset_info.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(paths.read(path))
     except ValueError as error:
         raise DataError(f"{path}: malformed JSON ({error}); prepare the data again") from error
 
@@ -101,23 +107,24 @@ def _shards(folder: Path, split: str) -> list[tuple[Path, int]]:
     return shards
 
 
-def _scan(path: Path, count: int) -> tuple[list[int], str]:
-    """Where the records of a file start, and what is wrong where they are not `count` ('' = nothing)."""
-    starts, place, size = [], 0, path.stat().st_size
-    with open(path, "rb", buffering=0) as file:
-        while len(starts) < count:
+def _scan(path: Path, count: int) -> tuple[list[tuple[int, int]], str]:
+    """Where the records of a file start and end, and what is wrong where they are not `count` ('' = nothing)."""
+    places, place = [], 0
+    with path.open("rb", **{} if paths.is_url(path) else {"buffering": 0}) as file:
+        size = file.seek(0, os.SEEK_END)
+        while len(places) < count:
             file.seek(place)
             length = _length(file.read(_HEADER.size))
             end = place + _HEADER.size + (length or 0) + _FOOTER.size
             if length is None or end > size:
                 why = "ends there" if place >= size or length is not None else "its length is corrupt"
-                return starts, (
-                    f"{path}, record {len(starts)} (byte {place}): {why}, so that {count - len(starts)} of the "
+                return places, (
+                    f"{path}, record {len(places)} (byte {place}): {why}, so that {count - len(places)} of the "
                     f"file's {count} records cannot be read; {_ADVICE}"
                 )
-            starts.append(place)
+            places.append((place, end))
             place = end
-    return starts, ""
+    return places, ""
 
 
 def _length(header: bytes) -> int | None:
