@@ -155,6 +155,9 @@ def main(parsed: overrides.Parsed) -> None:
         sys.exit(f"error: {error}")
     for name, value in metrics.items():
         print(f"{name} {value:.6g}")
+    if "finetune" in parsed.config and flags.FLAGS.mode == "train":
+        kind = parsed.config.finetune.task
+        LOG.info("the result:\n  %s", finetune.report(kind, checkpoint.place(flags.FLAGS.workdir) / kind))
 
 
 if __name__ == "__main__":

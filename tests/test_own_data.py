@@ -64,6 +64,9 @@ def test_lists_win(tmp_path):
         splits.listed(tmp_path, names)
     (tmp_path / "val.txt").unlink()
     assert splits.listed(tmp_path, names) == {"s/0.jpg", "s/1.jpg", "s/3.jpg"}
+    (tmp_path / "train.txt").write_text("\n".join(names))
+    with pytest.raises(ValueError, match=r"train\.txt leave no image to evaluate on; correct the lists"):
+        splits.listed(tmp_path, names)
     (tmp_path / "train.txt").write_text("s/9.jpg\n")
     with pytest.raises(ValueError, match=r"train\.txt lists s/9\.jpg, of which there is no image"):
         splits.listed(tmp_path, names)

@@ -268,7 +268,8 @@ def test_any_mesh_gives_the_same_result(toy, tmp_path, monkeypatch):
 def test_moving_average_follows_the_parameters(toy, tmp_path):
     loop.train(_config(train_steps=2, checkpoint_every=1, ema_decay=0.9), tmp_path)
     first, second = _state(tmp_path, 1), _state(tmp_path, 2)
-    expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, first["ema_params"], second["params"])
+    decay = 2 / (2 + 9)  # below ema_decay, near the start
+    expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, first["ema_params"], second["params"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), second["ema_params"], expected)
     _, variables = checkpoint.load_inference(tmp_path)
     _assert_same_bits(variables["params"], second["ema_params"])

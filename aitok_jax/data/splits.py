@@ -18,7 +18,7 @@ from aitok_jax.data.sources.files import digest
 from aitok_jax.image import ImageError, read_image
 
 LISTS = "train.txt", "val.txt"
-MOST = 1.5  # times the share, that whole folders or runs may come to
+MOST = 1.5  # times the share, that whole folders or runs may come to; a third of all where they are larger
 ALIKE = 6  # of the 64 bits of two pictures' hashes, that differ at most in near-duplicates
 COMPARED = 4000  # images at most, whose hashes take a while
 
@@ -36,9 +36,11 @@ def choose(names: Sequence[str], share: float) -> set[str]:
         raise ValueError(f"the share to evaluate on, {share}, must be between 0 and 1; 0.1 is usual")
     if len(names) < 2:
         raise ValueError(f"{len(names)} images are too few to train with some and evaluate on others; add some")
+    wanted = share * len(names)
     for group_of in (_folder, _runs(names)):
-        if chosen := _near(names, group_of, share * len(names)):
-            return chosen
+        for most in (MOST * wanted, len(names) / 3):
+            if chosen := _near(names, group_of, wanted, most):
+                return chosen
     ends = set()
     for folder in _grouped(names, _folder).values():
         ends |= set(sorted(folder, key=_natural)[len(folder) - round(share * len(folder)) :])
@@ -51,7 +53,7 @@ def listed(folder: Path, names: Iterable[str]) -> set[str] | None:
     A line begins with the name of an image; what follows it, as in the lists of NYUv2, is ignored.
 
     Raises:
-        ValueError: a line names no image, or one name is in both.
+        ValueError: a line names no image, one name is in both, or one side is empty.
     """
     found, known = {}, {name: name for name in names}
     known |= {PurePosixPath(name).with_suffix("").as_posix(): name for name in known}
@@ -67,7 +69,11 @@ def listed(folder: Path, names: Iterable[str]) -> set[str] | None:
     train, val = (found.get(each) for each in LISTS)
     if train is not None and val is not None and (both := sorted(train & val)):
         raise ValueError(f"{folder}: {paths.listed(both)} in both {' and '.join(LISTS)}; take it off one")
-    return val if val is not None else set(known.values()) - train
+    val = set(known.values()) - train if val is None else val
+    if not val or val == set(known.values()):
+        side = "train with" if val else "evaluate on"
+        raise ValueError(f"{folder}: {' and '.join(found)} leave no image to {side}; correct the lists, or delete them")
+    return val
 
 
 def near_duplicates(train: Sequence[Path], val: Sequence[Path]) -> list[tuple[Path, Path]]:
@@ -109,12 +115,12 @@ def _hash(path: Path) -> np.ndarray | None:
     return np.stack([(np.diff(each, axis=1) > 0).ravel() for each in (values, values[:, ::-1])])
 
 
-def _near(names: Sequence[str], group_of: Callable[[str], Hashable], wanted: float) -> set[str]:
+def _near(names: Sequence[str], group_of: Callable[[str], Hashable], wanted: float, most: float) -> set[str]:
     """Groups, in the order of their hashes, that together come near the wanted number; none where none do."""
     groups = _grouped(names, group_of)
     chosen: set[str] = set()
     for key in sorted(groups, key=lambda key: digest(str(key).encode())):
-        if len(chosen) + len(groups[key]) <= MOST * wanted:
+        if len(chosen) + len(groups[key]) <= most:
             chosen |= groups[key]
         if len(chosen) >= round(wanted):
             break

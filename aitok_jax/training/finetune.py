@@ -4,6 +4,7 @@
 first; sizes and steps follow the amount of data. What is found is written to WORKDIR/data.
 """
 
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -12,11 +13,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from aitok_jax import tasks
+from aitok_jax import paths, tasks
 from aitok_jax.config import ordered
 from aitok_jax.data import own
 from aitok_jax.tasks import MODALITIES
-from aitok_jax.training import checkpoint
+from aitok_jax.training import checkpoint, run_dir
 
 LOG = logging.getLogger(__name__)
 OBJECTS = ("instances", "detection")
@@ -37,7 +38,8 @@ STEPS = {  # of the solver: so many epochs, between these numbers of steps
 }
 TOKENIZER_STEPS = 1500
 HARD = {"soft_input": False, "soft_detokenize": False}
-_EVALUATIONS = 5
+_EVALUATIONS = 8
+_DETAILS = ("_small", "_medium", "_large", "_ar1", "_ar10", "_ar100", "confidence_spearman")
 
 
 def plan(config: ConfigDict, workdir: str | Path) -> ConfigDict:
@@ -54,7 +56,7 @@ def plan(config: ConfigDict, workdir: str | Path) -> ConfigDict:
     saved, _ = checkpoint.load_inference(source)
     if saved.task.name != "solver":
         raise ValueError(f"from={source}: it is no run of a solver; give one, or from=builtin")
-    found = _find(config, kind, checkpoint.place(workdir) / "data")
+    found = _find(config, kind, paths.absolute(checkpoint.place(workdir)) / "data")
     size = config.finetune.size or _size_of(saved)
     steps = config.steps or _steps(kind, found.train, config.batch_size)
     stages = {}
@@ -65,6 +67,34 @@ def plan(config: ConfigDict, workdir: str | Path) -> ConfigDict:
     stages[kind] = _solver_run(config, kind, size, task, found, steps, taken_over)
     LOG.info("the plan:\n  %s", "\n  ".join(_lines(config, kind, found, size, stages)))
     return ordered({"stages": stages})
+
+
+def report(kind: str, folder: Path) -> str:
+    """A table of what the evaluations of a solver in `folder` measured, and which weights to predict with."""
+    evaluations = run_dir.RunDir(folder).evaluations()
+    final = json.loads(paths.read(folder / "metrics.json"))
+    name, better = _best(kind)
+    pick = {"min": min, "max": max}[better]
+    best = pick(evaluations, key=lambda step: evaluations[step].get(name, math.nan))
+    columns = {"before": evaluations[0], f"best, step {best}": evaluations[best], f"step {max(evaluations)}": final}
+    if baseline := {key.replace("baseline", kind): x for key, x in final.items() if key.startswith("baseline/")}:
+        columns["mean map"] = baseline
+    shown = [key for key in evaluations[0] if key.startswith(f"{kind}/") and not key.endswith(_DETAILS)]
+    lines = [f"{'on the images held out':28}" + "".join(f"{column:>16}" for column in columns)]
+    for key in shown:
+        cells = (f"{values[key]:16.4f}" if key in values else " " * 16 for values in columns.values())
+        lines.append(f"{key:28}" + "".join(cells))
+    place = folder / checkpoint.BEST
+    lines.append(f"python -m aitok_jax.predict --checkpoint={place} --task={kind} --image PHOTOS --out=predicted")
+    return "\n  ".join(lines)
+
+
+def _best(kind: str) -> tuple[str, str]:
+    """The metric that the best weights go by, and which way is better."""
+    if kind in OBJECTS:
+        return f"{kind}/{'mask' if kind == 'instances' else 'box'}_ap50", "max"
+    name, better = MODALITIES[kind].headline
+    return f"{kind}/{name}", better
 
 
 def _find(config: ConfigDict, kind: str, lists: Path) -> own.Found:
@@ -186,10 +216,9 @@ def _solver_run(
         data |= {"num_objects": part.get("num_objects", 100), "jitter": (0.8, 1.25), "order": "left_to_right"}
         data |= {f"{part}_{what}": "" for part in ("train", "test") for what in ("images", "annotations")}
         data |= found.data
-        best = f"{kind}/{'mask' if kind == 'instances' else 'box'}_ap50", "max"
     else:
         data = _maps_data(config, kind, size, found, "solver")
-        best = f"{kind}/{MODALITIES[kind].headline[0]}", MODALITIES[kind].headline[1]
+    best = _best(kind)
     tokenizer = {} if taken_over else {f"model_state/{kind}_tokenizer": "{workdir}/tokenizer"}
     return _run(
         *(config, kind, task, {kind: data}, steps),

@@ -106,7 +106,7 @@ def test_a_folder_of_what_people_have_is_prepared(tmp_path, monkeypatch, warned)
             Image.fromarray(MILLIMETRES).save(depth / f"{name}{of_depth}")
     (images / "notes.txt").write_text("x")
     Image.fromarray(MILLIMETRES).save(depth / "without.png")
-    monkeypatch.setattr(prepare, "digest", lambda name: "0" * 64 if name == b"a.JPG" else "f" * 64)
+    (images / "val.txt").write_text("a.JPG\n")
     monkeypatch.setattr(sys, "argv", ["prepare", "folder", str(images), str(out), f"--depth={depth}"])
     prepare.main()
     from aitok_jax.data.sources import prepared
@@ -128,7 +128,7 @@ def test_the_scale_of_depth_goes_with_what_was_prepared(tmp_path, monkeypatch, c
     Image.fromarray(np.full((6, 8), 80 * 256, np.uint16)).save(depth / "a.png")  # as KITTI's
     np.save(depth / "b.npy", np.full((6, 8), 80 * 256, np.float32))
     words = ["prepare", "folder", str(images), str(tmp_path / "out"), f"--depth={depth}", "--depth_scale=256"]
-    monkeypatch.setattr(prepare, "digest", lambda name: "0" * 64 if name == b"a.png" else "f" * 64)
+    (images / "val.txt").write_text("a.png\n")
     monkeypatch.setattr(sys, "argv", words)
     prepare.main()
     from aitok_jax.data.sources import prepared
