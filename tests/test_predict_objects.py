@@ -300,7 +300,13 @@ def photos(monkeypatch, tmp_path):
     images = [{"id": 10 + i, "file_name": name, "height": 100, "width": 200} for i, name in enumerate(names)]
     truth = {"images": [of_others, *images], "categories": CATEGORIES, "annotations": []}
     (tmp_path / "annotations.json").write_text(json.dumps(truth))
-    words = ["--checkpoint=x", "--image", *(str(tmp_path / name) for name in names), f"--out={tmp_path / 'out'}"]
+    words = [
+        "--checkpoint=x",
+        "--image",
+        *(str(tmp_path / name) for name in names),
+        f"--out={tmp_path / 'out'}",
+        "--batch_size=1",
+    ]
     return [*words, f"--annotations={tmp_path / 'annotations.json'}"]
 
 

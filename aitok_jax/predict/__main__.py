@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from aitok_jax import paths
+from aitok_jax.command_line.progress import progress_bar
 from aitok_jax.image import model_size, read_image
 from aitok_jax.predict import image_ids, outputs, pointcloud
 from aitok_jax.predict.outputs import Results, find_images, name_results, result_names
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     failed: list[Path] = []
     found: list[dict] = []
-    with tqdm(total=len(stems), unit="image", disable=len(stems) == 1) as bar:
+    with progress_bar(total=len(stems), unit="image", disable=len(stems) == 1) as bar:
         for images in _read(list(stems), predictor.parts[task].kind, options.batch_size, failed, bar):
             try:
                 found += outputs.write(predictor, task, images, stems, ids, results, options)
