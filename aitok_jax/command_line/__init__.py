@@ -1,1 +1,1 @@
-"""What commands have in common: `--config` and its overrides, progress."""
+"""What commands have in common: `--config` and its overrides, `--help`, progress."""
