@@ -43,6 +43,7 @@ def test_configurations_come_along(installed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if installed:
         shutil.copytree(ROOT / "configs", tmp_path / "package" / "configs")
+        shutil.copy(ROOT / "configs" / "nyu.py", tmp_path / "package")  # of another package there
         monkeypatch.setattr(usage, "_PLACES", (tmp_path / "package",))
     assert overrides.load("configs/nyu.py:parallel").name == "depth"
     with pytest.raises(FileNotFoundError, match=r"configs/nothing.py: No such file"):
