@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "aitok_jax" / "__init__.py").read_text()).group(1)
+SHIPPED = "aitok_jax.shipped.configs"  # where aitok_jax.command_line.usage looks for them
 
 setup(
     name="aitok_jax",
@@ -15,7 +16,8 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["aitok_jax", "aitok_jax.*"]),
+    packages=[*find_packages(include=["aitok_jax", "aitok_jax.*"]), SHIPPED],
+    package_dir={SHIPPED: "configs"},
     package_data={"aitok_jax": ["builtin/**/*"]},
     python_requires=">=3.11",
     install_requires=[

@@ -3,6 +3,10 @@
     python -m aitok_jax.main --config=configs/X.py[:name=value,...] --workdir=DIR [--mode=train|eval]
         [--config.key=value ...] [--dry_run] [--multihost | --coordinator=HOST:PORT --num_processes=N --process_id=I]
 
+For example, a few steps of everything on scenes that it renders itself:
+
+    python -m aitok_jax.main --config=configs/quickstart.py:smoke --workdir=runs/smoke
+
 The same command goes on from the latest checkpoint in DIR, and so does `--workdir=DIR` alone, with the configuration
 that the run has; `--mode=eval` evaluates that checkpoint and trains nothing.
 `--dry_run` checks everything, says what would be done and for how long, and trains nothing.
@@ -24,7 +28,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from aitok_jax import paths
-from aitok_jax.command_line import overrides
+from aitok_jax.command_line import overrides, usage
 from aitok_jax.config import changes, format_workdir, ordered, stage_order
 from aitok_jax.parallel import processes
 from aitok_jax.training import checkpoint, checks, finetune, keys, lock, loop, preemption, run_dir, setup
@@ -106,6 +110,7 @@ def dry_run(config: ConfigDict | Mapping, workdir: str | Path) -> None:
 
 
 def parse_flags(argv: list[str]) -> overrides.Parsed:
+    usage.show_if_asked(argv, __doc__)
     parsed = overrides.parse_flags(argv, keys.run_options, _config_of_run)
     if len(parsed.arguments) > 1:
         sys.exit(f"error: {parsed.arguments[1]!r} is no option; keys are given as --config.KEY=VALUE")

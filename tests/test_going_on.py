@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -50,9 +51,10 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mine")
     (folder / "tiny.py").write_text(CONFIG)
     file = f"--config={folder / 'tiny.py'}:steps=2"
-    command(
+    done = command(
         file, f"--workdir={folder / 'run'}", "--config.optim.learning_rate=2e-3", "--config.task.tokenizer.decay=.5"
     )
+    (folder / "log.txt").write_text(done.stderr)
     command(f"--workdir={folder / 'run'}", "--config.train_steps=4", "--config.keep_checkpoints=1")
     return folder / "run"
 
@@ -84,6 +86,15 @@ def test_the_command_lines_are_kept(run):
         "--config.train_steps=4",
         "--config.keep_checkpoints=1",
     ]
+
+
+def test_the_parameters_are_a_line_in_the_log_and_a_file(run):
+    table = (run / "parameters.txt").read_text().splitlines()
+    log = (run.parent / "log.txt").read_text()
+    count = re.search(r"^\d+ parameters +([\d,]+) ", table[-1])[1]
+    assert re.search(rf"{count} parameters; on each device: parameters .* B.*; each in {run / 'parameters.txt'}\n", log)
+    assert len(table) == 16
+    assert not any(row in log for row in table)
 
 
 def test_tensorboard_shows_what_was_changed_first(run):

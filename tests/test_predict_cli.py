@@ -23,11 +23,12 @@ def checkpoint(monkeypatch):
     return "--checkpoint=anywhere"
 
 
-def test_command_line_writes_everything(checkpoint, tmp_path):
+def test_command_line_writes_everything(checkpoint, tmp_path, capsys):
     image = picture(30, 40)
     Image.fromarray(image).save(tmp_path / "room.png")
     assert main([checkpoint, f"--image={tmp_path / 'room.png'}", "--task=depth", f"--out={tmp_path / 'a' / 'b'}"]) == 0
     out = tmp_path / "a" / "b"
+    assert capsys.readouterr().out == f"4 files of 1 images in {out}\n"
     names = {"room_depth.npy", "room_depth.png", "room_confidence.npy", "room_panel.png"}
     assert {path.name for path in out.iterdir()} == names | {Results.INDEX}
     depth, millimetres = np.load(out / "room_depth.npy"), np.asarray(Image.open(out / "room_depth.png"))
@@ -130,6 +131,7 @@ def test_point_clouds(checkpoint, tmp_path):
         (["--ply_fov=0"], "0.0 degrees"),
         (["--batch_size=0"], "--batch_size=0"),
         (["--min_score=2"], "--min_score=2"),
+        (["--annotations=a.json"], "--annotations is for objects, not for --task=depth"),
         (["--image=/nothing/*.png"], "no image in this pattern"),
     ],
 )

@@ -2,6 +2,7 @@
 real ones."""
 
 import json
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -13,6 +14,7 @@ import pytest
 import tiny_runs
 from PIL import Image
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 from tiny_runs import CATEGORIES
 
 from aitok_jax import tasks, visualize
@@ -262,7 +264,8 @@ def test_objects_on_the_command_line(runs, tmp_path, kind, task):
     given = [f"--task={task}"] if task else []
     assert main([f"--checkpoint={runs / kind}", *given, "--image", *images, f"--out={tmp_path / 'out'}"]) == 0
     names = {f"{stem}_{kind}" for stem in ("room", "long") for kind in ("instances.json", "panel.png")}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {Results.INDEX}
+    together = {"results.json", "categories.json", Results.INDEX}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | together
     results = json.loads((tmp_path / "out" / "room_instances.json").read_text())
     assert results == Predictor.load(runs / kind).coco_results(picture(45, 80), task, image_id="room")
     assert all(("segmentation" in result) == (kind == "instances") for result in results)
@@ -283,6 +286,80 @@ def test_the_panel_shows_objects_of_a_high_score(toy, monkeypatch, tmp_path):
         assert len(boxes) == len(classes) == len(masks) == len(scores)
         assert names == ["cup", "dog", "sofa"]
         assert len(json.loads((tmp_path / "room_instances.json").read_text())) == 3
+
+
+@pytest.fixture
+def photos(monkeypatch, tmp_path):
+    """The toy as any checkpoint, and the command line for photos of two folders, which annotations.json knows."""
+    monkeypatch.setattr(Predictor, "load", lambda path: toy_predictor())
+    names = ["left/a.png", "right/b.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(with_rectangle(100, 200, 100, 50, 150, 100)).save(tmp_path / name)
+    of_others = {"id": 3, "file_name": "other/b.png", "height": 1, "width": 1}
+    images = [{"id": 10 + i, "file_name": name, "height": 100, "width": 200} for i, name in enumerate(names)]
+    truth = {"images": [of_others, *images], "categories": CATEGORIES, "annotations": []}
+    (tmp_path / "annotations.json").write_text(json.dumps(truth))
+    words = [
+        "--checkpoint=x",
+        "--image",
+        *(str(tmp_path / name) for name in names),
+        f"--out={tmp_path / 'out'}",
+        "--batch_size=1",
+    ]
+    return [*words, f"--annotations={tmp_path / 'annotations.json'}"]
+
+
+def test_pycocotools_takes_the_results_of_all_images(photos, tmp_path, capsys):
+    assert main(photos) == 0
+    out = tmp_path / "out"
+    assert f"6 files of 2 images in {out}" in capsys.readouterr().out
+    truth = COCO(tmp_path / "annotations.json")
+    found = truth.loadRes(str(out / "results.json"))
+    assert {found.anns[i]["image_id"] for i in found.getAnnIds()} == {10, 11}
+    assert found.getCatIds() == [category["id"] for category in CATEGORIES]
+    each = [json.loads((out / f"{name}_instances.json").read_text()) for name in "ab"]
+    assert json.loads((out / "results.json").read_text()) == [*each[0], *each[1]]
+    assert [len(found.getAnnIds(imgIds=[i])) for i in (10, 11)] == [len(results) for results in each] == [3, 3]
+    assert found.annToMask(found.anns[1]).shape == (100, 200)
+    assert json.loads((out / "categories.json").read_text()) == CATEGORIES
+
+
+def test_without_objects_the_list_is_empty_and_that_is_said(photos, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(TOY, "valid", [False] * 7)
+    assert main(photos) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == []
+    assert "no objects: results.json is []" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"images": [{"id": 1, "file_name": "left/a.png"}]}, r"right/b.png \(1 of 2 files\)"),
+        ({"images": [{"id": 1, "file_name": "left/a.png"}, {"id": 1, "file_name": "right/b.png"}]}, "one id"),
+        ({"images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "a.png"}]}, "one file_name"),
+        ({"images": [{"id": None, "file_name": "a.png"}]}, "'images' must be a list"),
+        ([], "'images' must be a list"),
+        (None, "No such file"),
+    ],
+)
+def test_wrong_annotations_stop_before_any_image(photos, content, message, tmp_path, capsys):
+    (tmp_path / "annotations.json").unlink()
+    if content is not None:
+        (tmp_path / "annotations.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        main(photos)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_others_stay(photos, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(photos)
+    assert "results.json" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]
 
 
 @pytest.mark.parametrize(("option", "message"), [("--min_score=50", "0..1"), ("--task=depth", "'detection'")])

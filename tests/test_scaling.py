@@ -89,9 +89,9 @@ def losses(run, start):
 def reference(request):
     """The kind, the state at the start, and what one device makes of it."""
     run = run_of(request.param, devices=1)
-    example, no_checkpoint = sharding.shard_batch(batch(run, 0), run.mesh), SimpleNamespace(all_steps=list)
+    example = sharding.shard_batch(batch(run, 0), run.mesh)
     optimizer = optim.make_optimizer(run.config.optim, STEPS)
-    start, _ = loop.restore_or_init(run, no_checkpoint, optimizer, example)
+    start, _ = loop.restore_or_init(run, None, optimizer, example)
     start = jax.tree.map(np.array, start)
     return request.param, start, *losses(run, start)
 

@@ -152,6 +152,7 @@ def test_a_run_trains_logs_evaluates_and_compiles_once(toy, tmp_path):
     assert metrics["line/error"] != metrics["double/error"]
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(to_json(translated(config)))
+    assert (tmp_path / "parameters.txt").read_text().splitlines()[-1].startswith("2 parameters  32 ")
     environment = json.loads((tmp_path / "env.json").read_text())
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     head = subprocess.run(command, capture_output=True, text=True, check=False)

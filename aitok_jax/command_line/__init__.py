@@ -1,1 +1,1 @@
-"""What commands with a `--config` have in common."""
+"""What commands have in common: `--config` and its overrides, `--help`, progress."""

@@ -1,6 +1,7 @@
 """`--config=FILE[:ARGUMENTS] --config.KEY=VALUE ...` of a command line.
 
-FILE is Python, whose `get_config(ARGUMENTS)` gives the configuration, or the config.json of a run. KEY is any that
+FILE is Python, whose `get_config(ARGUMENTS)` gives the configuration, or the config.json of a run; `configs/X.py` is
+ours where no such file is there. KEY is any that
 exists: in the file, or by a default in the code. `all.KEY` is that key of all stages, and of all parts where there are
 several.
 """
@@ -17,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from aitok_jax import paths
+from aitok_jax.command_line import usage
 from aitok_jax.config import PER_PART, flatten, from_json, from_text, ordered, typed
 
 Options = Callable[[Mapping], dict[str, Any]]
@@ -76,7 +78,7 @@ def _split(argv: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
 def load(source: str) -> ConfigDict:
     """The configuration of FILE[:ARGUMENTS]; ValueError, or OSError, for a file that has none."""
     file, argument = re.fullmatch(r"(.+?\.(?:py|json)|[^:]*)(?::(.*))?", source, re.DOTALL).groups()
-    path = paths.expand(file)
+    path = usage.with_ours(paths.expand(file))
     if path.suffix == ".json":
         return from_json(path.read_text(), str(path))
     if not path.is_file():

@@ -10,7 +10,9 @@ model has, nothing is written and the exit code is 1. A backbone alone needs no 
 taken; --key=model_ema takes the averaged one that lies under 'model_ema'.
 
 The second takes a run directory, or one that the first has written. FILE is .safetensors, or .pt or .pth where torch is
-installed: {"weights": ...} of a tokenizer, {"state_dict": ...} of a solver.
+installed: {"weights": ...} of a tokenizer, {"state_dict": ...} of a solver. For example, the weights that come along:
+
+    python -m aitok_jax.convert builtin builtin.safetensors
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ import absl.logging
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from aitok_jax.command_line import overrides
+from aitok_jax.command_line import overrides, usage
 from aitok_jax.convert import published, weight_files
 from aitok_jax.tasks.options import task_options
 from aitok_jax.training import checkpoint
@@ -83,6 +85,7 @@ def main(parsed: overrides.Parsed) -> int:
 
 
 def parse_flags(argv: list[str]) -> overrides.Parsed:
+    usage.show_if_asked(argv, __doc__)
     parsed = overrides.parse_flags(argv, _options)
     if len(parsed.arguments) != 3:
         sys.exit("error: give FILE DIR --config=configs/X.py, or DIR FILE")

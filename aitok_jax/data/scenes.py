@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from aitok_jax import paths
+from aitok_jax.command_line.progress import progress_bar
 from aitok_jax.scenes.furniture import CLASSES
 from aitok_jax.scenes.render import Scene, check_size, render
 
@@ -199,13 +199,13 @@ def _clear(root: Path) -> None:
 
 
 def _run(jobs: list[_Job], workers: int, title: str) -> list[list[dict]]:
-    progress = functools.partial(tqdm, total=len(jobs), desc=title, unit="scene")
+    bar = functools.partial(progress_bar, total=len(jobs), desc=title, unit="scene")
     if workers == 1 or len(jobs) < 2:
-        return list(progress(map(_write_scene, jobs)))
+        return list(bar(map(_write_scene, jobs)))
     spawn = multiprocessing.get_context("spawn")
     try:
         with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn) as pool:
-            return list(progress(pool.map(_write_scene, jobs, chunksize=4)))
+            return list(bar(pool.map(_write_scene, jobs, chunksize=4)))
     except concurrent.futures.process.BrokenProcessPool as error:
         raise ChildProcessError(
             f"one of {workers} processes that render was ended from outside, as happens where memory runs out; "

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
+from aitok_jax.command_line.progress import progress_bar
 from aitok_jax.data import pipeline
 from aitok_jax.parallel import sharding
 from aitok_jax.tasks.base import compiled_predict
@@ -93,7 +93,7 @@ def run_batches(
         total, label, progress: number of batches, name and presence of the progress bar (first host only).
     """
     hidden = not progress or jax.process_index() != 0
-    with tqdm(total=total, desc=label, unit="batch", disable=hidden, leave=False) as bar:
+    with progress_bar(total=total, desc=label, unit="batch", disable=hidden, leave=False) as bar:
         waiting = None
         for batch in batches:
             if mesh is not None:

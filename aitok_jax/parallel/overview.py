@@ -23,10 +23,14 @@ def parameter_table(params: Any, shardings: Any) -> str:
         split = [f"axis {i} over {axis}" for i, axis in enumerate(target.spec) if axis is not None]
         shape = "×".join(map(str, leaf.shape)) or "scalar"
         rows.append((name, shape, ", ".join(split) or "-", size(_bytes(leaf)), size(_bytes(leaf, target))))
-    total, count = size(tree_bytes(params)), f"{sum(leaf.size for _, leaf in leaves):,}"
+    total, count = size(tree_bytes(params)), f"{parameter_count(params):,}"
     rows.append((f"{len(leaves)} parameters", count, "", total, size(tree_bytes(params, shardings))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def parameter_count(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def state_memory(state: Any, shardings: Any) -> dict[str, int]:

@@ -6,15 +6,19 @@ writes for each image NAME.ext, at the image's own size and orientation, NAME_pa
 
 - for a dense map: what its modality writes, NAME_TASK.npy and a picture, NAME_confidence.npy (float32, 0..1) and, of a
   map of distances, where --ply_fov gives the camera's horizontal field of view in degrees, NAME_points.ply;
-- for instances and detection: NAME_instances.json, all objects as a list of COCO results with NAME as `image_id`. The
-  panel shows those whose score is at least --min_score.
+- for instances and detection: NAME_instances.json, all objects as a list of COCO results with NAME as `image_id`, or
+  with the id that the image has in --annotations. The panel shows those whose score is at least --min_score.
+
+Beside these, results.json holds the objects of all images, as pycocotools' `COCO.loadRes` takes them with the JSON of
+--annotations, and categories.json the classes.
 
 `aitok_results.jsonl` there names these files: they are replaced by the next run, and never taken for images; a file
-that is not in it is replaced only with --overwrite. Two images of one NAME are refused. An image that cannot be read
-is reported, the others are still predicted, and the exit code is 1.
+that is not in it is replaced only with --overwrite. Two images of one NAME are refused, and images that are not in
+--annotations. An image that cannot be read is reported, the others are still predicted, and the exit code is 1.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,8 +27,9 @@ import numpy as np
 from tqdm import tqdm
 
 from aitok_jax import paths
+from aitok_jax.command_line.progress import progress_bar
 from aitok_jax.image import model_size, read_image
-from aitok_jax.predict import outputs, pointcloud
+from aitok_jax.predict import image_ids, outputs, pointcloud
 from aitok_jax.predict.outputs import Results, find_images, name_results, result_names
 from aitok_jax.predict.predictor import BATCH_SIZE, Predictor
 
@@ -34,26 +39,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         results = Results(options.out, options.overwrite)
-        found, passed_over = find_images(options.image)
-        stems = name_results(found)
+        files, passed_over = find_images(options.image)
+        stems = name_results(files)
         predictor = Predictor.load(options.checkpoint)
         task = _checked(options, predictor)
-        results.check(name for stem in stems.values() for name in result_names(predictor, task, stem, options))
+        ids = image_ids.of_files(options.annotations, list(stems)) if options.annotations else stems
+        together = [] if predictor.parts[task].kind == "maps" else outputs.TOGETHER
+        names = (result_names(predictor, task, stem, options) for stem in stems.values())
+        results.check([*itertools.chain(*names), *together])
     except (ValueError, OSError) as error:
         _parser().error(str(error))
     if passed_over:
         print(f"passed over: {paths.listed(passed_over)}", file=sys.stderr)
 
     failed: list[Path] = []
-    with tqdm(total=len(stems), unit="image", disable=len(stems) == 1) as bar:
+    found: list[dict] = []
+    with progress_bar(total=len(stems), unit="image", disable=len(stems) == 1) as bar:
         for images in _read(list(stems), predictor.parts[task].kind, options.batch_size, failed, bar):
             try:
-                outputs.write(predictor, task, images, stems, results, options)
+                found += outputs.write(predictor, task, images, stems, ids, results, options)
             except OSError as error:
                 sys.exit(f"error: {error}; {bar.n} of {len(stems)} images are done")
             bar.update(len(images))
+    if together:
+        outputs.write_together(found, predictor.categories, results)
     if failed:
         print(f"{len(failed)} of {len(stems)} images failed: {paths.listed(failed)}", file=sys.stderr)
+    print(f"{len(results.written)} files of {len(stems) - len(failed)} images in {paths.shown(results.folder)}")
     return 1 if failed else 0
 
 
@@ -72,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="images, folders of images, or quoted patterns such as 'photos/*.jpg' ('**' for all folders below)",
     )
     parser.add_argument("--out", required=True, help="folder for the results")
+    parser.add_argument("--annotations", metavar="JSON", help="COCO JSON that has the images' ids, for objects")
     parser.add_argument("--overwrite", action="store_true", help="replace files in --out that are no results of ours")
     parser.add_argument(
         "--min_score", type=float, default=0.5, help="lowest score of an object in the panel (default: %(default)s)"
@@ -95,6 +108,8 @@ def _checked(options: argparse.Namespace, predictor: Predictor) -> str:
     if options.batch_size < 1:
         raise ValueError(f"--batch_size={options.batch_size} must be at least 1")
     part = predictor.parts[task]
+    if options.annotations and part.kind == "maps":
+        raise ValueError(f"--annotations is for objects, not for --task={task}; leave it out")
     if options.augment and part.kind != "maps":
         raise ValueError(f"--augment is for maps, not for --task={task}; leave it out")
     if options.ply_fov is not None:

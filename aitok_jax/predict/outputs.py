@@ -2,10 +2,13 @@
 
 import argparse
 import glob
+import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +20,7 @@ from aitok_jax.predict.predictor import Predictor
 from aitok_jax.tasks import paste
 
 PANEL_SIDE = 1600  # pixels; larger images are shown smaller
+TOGETHER = ("results.json", "categories.json")  # of the objects of all images
 
 
 class Results:
@@ -25,6 +29,8 @@ class Results:
     Args:
         folder: need not exist.
         overwrite: whether files that are not ours may be replaced.
+    Attributes:
+        written: names of the files that were claimed.
     Raises:
         OSError: the folder cannot be one, or may not be written to.
     """
@@ -32,7 +38,7 @@ class Results:
     INDEX = "aitok_results.jsonl"
 
     def __init__(self, folder: str | Path, overwrite: bool = False):
-        self.folder, self._overwrite = paths.expand(folder), overwrite
+        self.folder, self._overwrite, self.written = paths.expand(folder), overwrite, set()
         if not paths.is_url(folder):
             self._check_local()
         self._ours = self.of(self.folder)
@@ -69,6 +75,7 @@ class Results:
         lines = [json.dumps(name) + "\n" for name in names if name not in self._ours]
         paths.append(self.folder / self.INDEX, "".join(lines))
         self._ours |= set(names)
+        self.written |= set(names)
 
 
 def find_images(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -133,22 +140,37 @@ def write(
     task: str,
     images: Mapping[Path, np.ndarray],
     stems: Mapping[Path, str],
+    ids: Mapping[Path, int | str],
     results: Results,
     options: argparse.Namespace,
-) -> None:
-    """Predicts images of files and writes OUT/NAME_..., NAME as `stems` has it; see `predict.__main__`."""
+) -> list[dict[str, Any]]:
+    """Predicts images of files and writes OUT/NAME_..., NAME as `stems` has it; see `predict.__main__`.
+
+    Returns the objects of all of them as COCO results, `image_id` as `ids` has it.
+    """
     arrays, names = list(images.values()), [stems[path] for path in images]
     if predictor.parts[task].kind == "maps":
         predicted = predictor(arrays, task, augment=options.augment, batch_size=options.batch_size)
         write_one = _write_map
     else:
-        predicted = predictor.coco_results(arrays, task, image_id=names, batch_size=options.batch_size)
+        image_id = [ids[path] for path in images]
+        predicted = predictor.coco_results(arrays, task, image_id=image_id, batch_size=options.batch_size)
         write_one = _write_objects
     for path, name, one in zip(images, names, predicted, strict=True):
         results.claim(result_names(predictor, task, name, options))
         target = results.folder / name
         panel = write_one(predictor, task, images[path], one, target, path.name, options)
         save_png(f"{target}_panel.png", panel)
+    return [] if write_one is _write_map else list(itertools.chain(*predicted))
+
+
+def write_together(found: Sequence[dict], categories: Sequence[dict], results: Results) -> None:
+    """Writes the objects of all images and their classes into the files `TOGETHER`."""
+    results.claim(TOGETHER)
+    for name, content in zip(TOGETHER, (found, categories), strict=True):
+        paths.write_text(results.folder / name, json.dumps(content))
+    if not found:
+        print(f"no objects: {TOGETHER[0]} is [], which pycocotools' COCO.loadRes does not take", file=sys.stderr)
 
 
 def _write_map(predictor, task, image, maps, target, title, options) -> np.ndarray:

@@ -26,7 +26,8 @@ from aitok_jax import paths
 LOG = logging.getLogger(__name__)
 FILE = "run.lock"
 HEARTBEAT, STALE, SETTLED = 5.0, 60.0, 2.0  # seconds
-WRITTEN = ("config.json", "data.json", "env.json", "metrics.json", "metrics.jsonl", "panels")  # by a run, in its folder
+# by a run, in its folder
+WRITTEN = ("config.json", "data.json", "env.json", "parameters.txt", "metrics.json", "metrics.jsonl", "panels")
 
 
 @contextlib.contextmanager

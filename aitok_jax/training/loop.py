@@ -1,9 +1,9 @@
 """The training loop, for tokenizers and solvers alike; it knows no task, only the protocols in `tasks/base.py`.
 
 A run is validate -> mesh -> task -> data -> state (new or restored) -> compiled step -> loop -> evaluation, and leaves
-config.json, env.json, metrics.jsonl, metrics.json, checkpoints/, panels/ and TensorBoard events in its directory. The
-randomness of a step is fold_in(key(seed), step) and its batch a function of (seed, step), so a run that was stopped
-and started again gives the same bits as one that was not.
+config.json, env.json, parameters.txt, metrics.jsonl, metrics.json, checkpoints/, panels/ and TensorBoard events in its
+directory. The randomness of a step is fold_in(key(seed), step) and its batch a function of (seed, step), so a run that
+was stopped and started again gives the same bits as one that was not.
 """
 
 import itertools
@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from aitok_jax import evaluators
+from aitok_jax.command_line.progress import progress_bar
 from aitok_jax.data import pipeline
 from aitok_jax.parallel import overview, sharding
 from aitok_jax.tasks.base import variable_shapes
@@ -162,8 +163,11 @@ def restore_or_init(
     key = random_key(run.config)
     abstract = jax.eval_shape(create, jax.eval_shape(init, example, key))
     shardings = sharding.state_shardings(abstract, run.mesh)
-    LOG.info("parameters:\n%s", overview.parameter_table(abstract.params, shardings.params))
-    LOG.info("on each device: %s", overview.describe(overview.state_memory(abstract, shardings)))
+    count, memory = overview.parameter_count(abstract.params), overview.state_memory(abstract, shardings)
+    where = "" if manager is None else f"; each in {run.folder.path / 'parameters.txt'}"
+    LOG.info("%s parameters; on each device: %s%s", f"{count:,}", overview.describe(memory), where)
+    if manager is not None:
+        run.folder.write_text("parameters.txt", overview.parameter_table(abstract.params, shardings.params))
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     state = None if manager is None else checkpoint.restore_latest(manager, target, run.config)
     if state is None:
@@ -230,7 +234,7 @@ def _loop(
     config, start, last = run.config, int(state.step), run.config.train_steps
     hidden = jax.process_index() != 0
     waiting, before, key = None, {}, random_key(config)
-    progress = tqdm(desc=config.name, unit="step", initial=start, total=last, disable=hidden)
+    progress = progress_bar(desc=config.name, unit="step", initial=start, total=last, disable=hidden)
     with progress as bar, preemption.deferred():
         if start and _due(start, config.eval_every):
             _evaluate_between(run, manager, state)

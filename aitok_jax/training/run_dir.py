@@ -1,4 +1,4 @@
-"""The files of a run: config.json, env.json, metrics.jsonl, metrics.json and TensorBoard events, by the first host."""
+"""The files of a run: JSON, parameters.txt, metrics.jsonl and TensorBoard events, by the first host."""
 
 import contextlib
 import importlib.metadata
@@ -47,8 +47,11 @@ class RunDir:
                 raise OSError(f"cannot write to the run directory {path} ({error}); give another --workdir") from error
 
     def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=2))
+
+    def write_text(self, name: str, text: str) -> None:
         if self._first_host:
-            paths.write_text(self.path / name, json.dumps(value, indent=2) + "\n")
+            paths.write_text(self.path / name, text + "\n")
 
     def write_environment(self, mesh: Mesh, start: int) -> None:
         """Writes env.json, with the command lines that have trained the run so far."""

@@ -123,7 +123,10 @@ def test_an_empty_workdir(workdir, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["config.json", "data.json", "metrics.json", "env.json", "metrics.jsonl", "panels"])
+NAMES = ["config.json", "data.json", "metrics.json", "env.json", "parameters.txt", "metrics.jsonl", "panels"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stages", [False, True])
 def test_a_folder_that_is_no_runs(name, stages, tmp_path):
     (tmp_path / name).write_text('{"of": "the user"}')

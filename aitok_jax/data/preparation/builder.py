@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from aitok_jax.command_line.progress import progress_bar
 from aitok_jax.data.sources.files import READ_ERRORS, DataError
 
 Line = dict[str, Any]
@@ -93,14 +94,14 @@ def _keyed(pair: tuple[Line, Example | None], count: int) -> list[tuple[int, Exa
 def _serially(path: Path, count: int, reports: Path, load: Load, limit: int) -> Iterator[tuple[int, Example]]:
     broken = []
     with open(path, encoding="utf-8") as lines, open(reports, "w", encoding="utf-8") as file:
-        progress = tqdm(lines, desc=f"prepare {path.stem}", total=count, unit="example")
-        for text in progress:
+        bar = progress_bar(lines, desc=f"prepare {path.stem}", total=count, unit="example")
+        for text in bar:
             report, example = attempt(text, load)
             file.write(json.dumps(report) + "\n")
             yield from _keyed((report, example), count)
             if example is None:
                 broken += problems([report])
-                progress.set_postfix(broken=len(broken))
+                bar.set_postfix(broken=len(broken), refresh=False)
                 check_broken(broken, limit)
 
 
@@ -138,7 +139,7 @@ def _counted(text: str, load: Load) -> tuple[Line, Example | None]:
 @functools.cache
 def _progress() -> tqdm:
     """That of a worker of Beam."""
-    return tqdm(desc="prepare, this worker", unit="example", mininterval=5)
+    return progress_bar(desc="prepare, this worker", unit="example")
 
 
 def _report(pair: tuple[Line, Example | None]) -> str:
