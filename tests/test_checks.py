@@ -154,3 +154,13 @@ def test_metrics_that_an_evaluation_has():
         (part,) = setup.tasks.build(config_files.load(name).task).parts.values()
         assert metric in evaluators.metric_names(part)
         assert "confidence_spearman" not in evaluators.metric_names(part)
+
+
+def test_steps_that_do_not_follow_train_steps_are_said(caplog):
+    config = config_files.load("nyu")
+    checks.check_values(checks.with_types(config))
+    assert not caplog.records
+    config.train_steps = 1000
+    checks.check_values(checks.with_types(config))
+    assert "optim.schedule.boundaries=(18180,) are not all below train_steps=1000" in caplog.text
+    assert "give --config.optim.schedule.boundaries=(750,) too" in caplog.text

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from aitok_jax.training import checkpoint, optim, warm_start
 from aitok_jax.training.keys import OPTIM, OPTIONAL, REQUIRED, run_options
 from aitok_jax.training.state import TrainState
 
+LOG = logging.getLogger(__name__)
 _ALIKE = 0.75  # of a misspelt key to the right one
 _LEAST = {"train_steps": 1, "log_every": 1, "keep_checkpoints": 1, "eval_every": 0, "checkpoint_every": 0}
 _LEAST |= {"accumulate": 1, "fsdp": 1}
@@ -78,6 +80,13 @@ def check_values(config: ConfigDict) -> None:
             f"optim.warmup_steps={config.optim.warmup_steps} must be at most train_steps={config.train_steps}, or the "
             f"learning rate never gets to optim.learning_rate; give --config.optim.warmup_steps="
             f"{config.train_steps // 10} too"
+        )
+    schedule, steps = config.optim.schedule, config.train_steps
+    if "boundaries" in schedule and schedule.boundaries and max(schedule.boundaries) >= steps:
+        LOG.warning(
+            "optim.schedule.boundaries=%s are not all below train_steps=%d: the learning rate does not fall as meant; "
+            "they do not follow train_steps, give --config.optim.schedule.boundaries=(%d,) too",
+            *(tuple(schedule.boundaries), steps, steps * 3 // 4),
         )
 
 
