@@ -190,6 +190,17 @@ def test_what_is_not_found(tmp_path):
         own.find_objects(str(tmp_path), tmp_path / "lists")
 
 
+def test_broken_pairs_are_said_or_left_out(tmp_path, caplog):
+    frames(tmp_path, [(30, 40)] * 8)
+    (tmp_path / "scene3/sync_depth_00003.png").write_bytes(b"no picture")
+    message = r"1 of 8 pairs cannot be read, the first because .*scene3/sync_depth_00003\.png: .*data\.on_error=skip"
+    with pytest.raises(DataError, match=message):
+        own.find_maps("depth", str(tmp_path), tmp_path / "lists")
+    found = own.find_maps("depth", str(tmp_path), tmp_path / "lists", on_error="skip")
+    assert found.train + found.val == 7
+    assert "left out scene3/rgb_00003.jpg" in caplog.text
+
+
 def test_a_folder_to_evaluate_on(tmp_path):
     names = ["a/1.png", "b/1.png", "b/2.png"]
     for i, name in enumerate(names):

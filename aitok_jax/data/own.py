@@ -10,9 +10,11 @@ from typing import Any
 from absl import logging
 
 from aitok_jax import paths
+from aitok_jax.command_line.progress import progress_bar
 from aitok_jax.data import splits
 from aitok_jax.data.sources import coco, prepared
-from aitok_jax.data.sources.files import DataError
+from aitok_jax.data.sources.files import READ_ERRORS, DataError, read_file
+from aitok_jax.data.sources.pairs import decode_pair
 from aitok_jax.tasks.modalities import MODALITIES, Modality
 
 
@@ -22,31 +24,40 @@ class Found:
 
     Attributes:
       data: what `datasets.build` reads it by: root, and lists or JSONs.
-      train, val: how many images; 0 where prepared data says it itself.
+      train, val: how many images.
       categories: names of the classes of objects.
-      notes: what a person should know.
     """
 
     data: Mapping[str, Any]
     train: int
     val: int
     categories: Sequence[str] = ()
-    notes: Sequence[str] = ()
 
 
-def find_maps(modality: str, root: str, lists: Path, *, maps: str = "", val: str = "", share: float = 0.15) -> Found:
-    """Images with maps of a modality, divided; the lists are written into the folder `lists`.
+def find_maps(
+    modality: str,
+    root: str,
+    lists: Path,
+    *,
+    maps: str = "",
+    val: str = "",
+    share: float = 0.15,
+    on_error: str = "raise",
+    **options: Any,
+) -> Found:
+    """Images with maps of a modality, all read once and divided; the lists are written into the folder `lists`.
 
     They are prepared data; or pairs in the layout of NYUv2; or images with maps of the same names, which are in the
-    folder `maps`, or in ROOT/MODALITY beside ROOT/images, or beside the images.
+    folder `maps`, or in ROOT/MODALITY beside ROOT/images, or beside the images. `options` are the modality's.
 
     Raises:
-      FileNotFoundError: no such folder; DataError: no pairs in it.
+      FileNotFoundError: no such folder; DataError: no pairs in it, or broken ones, which on_error='skip' leaves out.
     """
     folder = _folder(root)
     if modality == prepared.MODALITY.name and (place := prepared.find(folder, "nyu")):
-        return Found({"root": str(place), "test_subfolder": ""}, 0, 0, notes=[f"prepared data in {place}"])
-    kind = MODALITIES[modality]()
+        train, test = prepared.nyu_sources(place, train_images=False, counts=(0, 0))
+        return Found({"root": str(place), "test_subfolder": ""}, len(train), len(test))
+    kind = MODALITIES[modality](**options)
     images = folder / "images" if (folder / "images").is_dir() and not maps else folder
     other = paths.expand(maps) if maps else folder / modality if images != folder else folder
     if maps and not other.is_absolute() and not other.is_dir():
@@ -61,6 +72,7 @@ def find_maps(modality: str, root: str, lists: Path, *, maps: str = "", val: str
             f"or maps of the images' names ({', '.join(kind.suffixes)}) in {folder}/{modality} beside {folder}/images, "
             "or in the folder that --config.data.maps names"
         )
+    _drop_broken(kind, images, pairs, on_error)
     chosen = to_evaluate(images, list(pairs), share, val)
     parts = {"train": [], "val": []}
     for name, path in pairs.items():
@@ -85,8 +97,8 @@ def find_objects(
     """
     folder = _folder(root)
     if place := prepared.find(folder, "coco"):
-        names = prepared.PreparedCoco(place, "train", masks=masks).categories
-        return Found({"root": str(place)}, 0, 0, names, [f"prepared data in {place}"])
+        train, test = (prepared.PreparedCoco(place, split, masks=masks) for split in ("train", "test"))
+        return Found({"root": str(place)}, len(train), len(test), train.categories)
     file = paths.expand(annotations) if annotations else _instances(folder)
     images = next((each for each in (folder, folder / "images", file.parent) if _has_images(each, file)), folder)
     source = coco.CocoSource(images, file, masks=masks)
@@ -146,6 +158,24 @@ def same_names(modality: Modality, images: Path, maps: Path) -> dict[str, Path]:
         if passed:
             logging.warning("passed over what is %s: %s", kind, paths.listed(passed))
     return pairs
+
+
+def _drop_broken(modality: Modality, images: Path, pairs: dict[str, Path], on_error: str) -> None:
+    """Reads every pair; broken ones are an error, or with on_error='skip' are dropped and said."""
+    broken = {}
+    for name, map_path in progress_bar(pairs.items(), desc="check", unit="pair", leave=False):
+        try:
+            decode_pair(modality, read_file(map_path), read_file(images / name))
+        except READ_ERRORS as error:
+            broken[name] = str(error)
+    if not broken:
+        return
+    said = f"{len(broken)} of {len(pairs)} pairs cannot be read, the first because {next(iter(broken.values()))}"
+    if on_error == "raise":
+        raise DataError(f"{said} (of all of them: --config.data.on_error=skip)")
+    logging.warning("left out %s: %s", paths.listed(broken), said)
+    for name in broken:
+        del pairs[name]
 
 
 def _nyu_names(modality: Modality, folder: Path) -> dict[str, Path]:

@@ -102,7 +102,10 @@ def _find(config: ConfigDict, kind: str, lists: Path) -> own.Found:
     options = {"val": data.val, "share": data.share}
     if kind in OBJECTS:
         return own.find_objects(data.root, lists, annotations=data.annotations, masks=kind == "instances", **options)
-    return own.find_maps(kind, data.root, lists, maps=data.maps, **options)
+    options |= {"maps": data.maps, "on_error": data.on_error}
+    if data.depth_scale and kind == "depth":
+        options["file_scale"] = data.depth_scale
+    return own.find_maps(kind, data.root, lists, **options)
 
 
 def _size_of(saved: ConfigDict) -> int:
@@ -111,7 +114,7 @@ def _size_of(saved: ConfigDict) -> int:
 
 def _steps(kind: str, images: int, batch_size: int) -> int:
     epochs, least, most = STEPS["objects" if kind in OBJECTS else "maps"]
-    return min(max(math.ceil(epochs * images / (batch_size or 16)), least), most) if images else most
+    return min(max(math.ceil(epochs * images / (batch_size or 16)), least), most)
 
 
 def _task(saved: ConfigDict, kind: str, size: int, classes: int) -> tuple[dict[str, Any], bool]:
@@ -236,8 +239,7 @@ def _solver_run(
 
 
 def _lines(config: ConfigDict, kind: str, found: own.Found, size: int, stages: Mapping[str, Mapping]) -> list[str]:
-    images = f"{found.train} images to train, {found.val} to evaluate on" if found.train else "; ".join(found.notes)
-    lines = [f"data: {images}"]
+    lines = [f"data: {found.train} images to train, {found.val} to evaluate on"]
     if found.categories:
         lines.append(f"classes: {', '.join(found.categories)}")
     lines.append(f"model: that of {config.finetune['from']}, its weights as far as they fit; images at {size} pixels")
