@@ -7,7 +7,7 @@ import pytest
 
 COLABS = build_notebooks.COLABS
 FIGURES = {"predict": 4, "tokenizers": 4, "train_tiny": 2}
-SHORTER = {"train_tiny": ("STEPS, SCENES = 300, 1000", "STEPS, SCENES = 20, 60")}  # of what a reader runs
+SHORTER = {"train_tiny": ("STEPS, SCENES = 300, 1000", "STEPS, SCENES = 60, 60")}  # of what a reader runs
 names = pytest.mark.parametrize("name", FIGURES)
 
 

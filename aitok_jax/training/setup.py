@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from aitok_jax import evaluators, tasks
+from aitok_jax import evaluators, paths, tasks
 from aitok_jax.config import unknown
 from aitok_jax.data import datasets
 from aitok_jax.parallel import sharding
@@ -43,7 +43,7 @@ class Run:
 
 def set_up(config: ConfigDict, workdir: str | Path) -> Run:
     """Mesh, task and data of a configuration. ValueError for all that can be wrong with it, before time is spent."""
-    run = _checked(config, Path(workdir))
+    run = _checked(config, paths.expand(workdir))
     return dataclasses.replace(run, folder=run_dir.RunDir(workdir))
 
 
