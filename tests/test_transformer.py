@@ -182,3 +182,14 @@ def test_errors(params, features):
         TINY.clone(dim=18)
     with pytest.raises(ValueError, match="sequence of 8 tokens is longer than max_length=7"):
         TINY.apply({"params": params}, features, np.zeros((2, 7), int), 1)
+
+
+def test_a_window_of_the_vocabulary_may_be_empty():
+    """That of mask codes, in the sequence of a detector without any."""
+    model = TokenTransformer(dim=8, num_heads=2, vocab_size=4).clone(vocab_size=0)
+    tables = {
+        "voc_embed": jnp.zeros((0, 8)),
+        "outp_bias": jnp.zeros(0),
+        "norm": {"scale": jnp.ones(8), "bias": jnp.ones(8)},
+    }
+    assert model.apply({"params": tables}, jnp.ones((2, 8)), method="logits").shape == (2, 0)

@@ -159,7 +159,7 @@ class TokenTransformer(nn.Module):
 
     def __post_init__(self):
         check_remat(self.remat)
-        check_sizes(self, "dim", "num_heads", "hidden", "vocab_size", "max_length", "num_tasks")
+        check_sizes(self, "dim", "num_heads", "hidden", "max_length", "num_tasks")
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim={self.dim} must be a multiple of 2·num_heads={2 * self.num_heads}")
         super().__post_init__()
