@@ -101,7 +101,8 @@ def test_two_processes_train_as_one_does(one, two, stage):
         for name in (name for name in ours if not name.endswith("_per_sec")):
             np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-4 if "grad" in name else 1e-5, err_msg=name)
     states = [checkpoint.load_inference(folder / stage)[1] for folder, _ in (one, two)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *states)
+    # where a gradient vanishes, Adam's step is rounding brought to a length, and the average follows the parameters
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=5e-5), *states)
 
 
 def test_two_processes_write_and_say_everything_once(two):
