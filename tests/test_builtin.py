@@ -85,7 +85,8 @@ def test_an_installed_copy_predicts(tmp_path):
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "aitok_jax", source / "aitok_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("aitok_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source]
     subprocess.run(command, check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("aitok_jax-*.whl"))) as wheel:

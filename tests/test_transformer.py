@@ -182,10 +182,3 @@ def test_errors(params, features):
         TINY.clone(dim=18)
     with pytest.raises(ValueError, match="sequence of 8 tokens is longer than max_length=7"):
         TINY.apply({"params": params}, features, np.zeros((2, 7), int), 1)
-
-
-def test_a_window_of_the_vocabulary_may_be_empty(params):
-    """That of mask codes, in the sequence of a detector without any."""
-    window = params | {"voc_embed": params["voc_embed"][:0], "outp_bias": params["outp_bias"][:0]}
-    head = TINY.clone(vocab_size=0)
-    assert head.apply({"params": window}, jnp.ones((2, D)), method="logits").shape == (2, 0)
