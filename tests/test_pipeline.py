@@ -294,7 +294,7 @@ def test_negative_start():
 
 
 def data_config(root, **changes):
-    values = dict(name="nyu", root=str(root), train_list="", test_list="", train_subfolder="", cache=False, size=10)
+    values = dict(name="nyu", root=str(root), train_list="", test_list="", train_subfolder="", cache=False, size=12)
     values |= dict(
         test_subfolder="official_splits/test", recipe="solver", columns=(), fit="crop", color=True, cutdepth="published"
     )
@@ -309,11 +309,11 @@ def test_build_solver_and_tokenizer(tmp_path):
     data = datasets.build(data_config(tmp_path, expected_train=4, expected_test=2))
     assert (len(data.train), len(data.eval)) == (4, 2)
     (batch,) = take(pipeline.train_batches(data.train, data.train_transform, batch_size=2, seed=0), 1)
-    assert batch["image"].shape == (2, 10, 10, 3)
+    assert batch["image"].shape == (2, 12, 12, 3)
     (batch,) = pipeline.eval_batches(data.eval, data.eval_transform, batch_size=2)
     assert batch["image"].shape == (2, 12, 16, 3)
 
-    data = datasets.build(data_config(tmp_path, recipe="tokenizer", columns=(3, 14)))
+    data = datasets.build(data_config(tmp_path, recipe="tokenizer", columns=(3, 16)))
     assert not data.train.images
     (batch,) = take(pipeline.train_batches(data.train, data.train_transform, batch_size=2, seed=0), 1)
     assert set(batch) == {"depth", "id", "mask"}
