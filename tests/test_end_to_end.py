@@ -100,7 +100,8 @@ def test_wrong_tokenizer_is_refused(quickstart, tmp_path):
     workdir, _ = quickstart
     config = format_workdir(small_quickstart().stages.joint, str(workdir))
     config.start_from["model_state/depth_tokenizer"] = str(workdir / "mask_tokenizer")
-    with pytest.raises(ValueError, match=r"most of the source does not fit, .*tokenizer.* in the source but .* here"):
+    expected = r"start_from: most of .* does not fit, .* model_state/depth_tokenizer.* in the source but .* here"
+    with pytest.raises(ValueError, match=expected):
         loop.train(config, tmp_path)
 
 

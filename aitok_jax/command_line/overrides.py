@@ -1,9 +1,8 @@
 """`--config=FILE[:ARGUMENTS] --config.KEY=VALUE ...` of a command line.
 
 FILE is Python, whose `get_config(ARGUMENTS)` gives the configuration, or the config.json of a run; `configs/X.py` is
-ours where no such file is there. KEY is any that
-exists: in the file, or by a default in the code. `all.KEY` is that key of all stages, and of all parts where there are
-several.
+ours where no such file is there. KEY is any that exists: in the file, or by a default in the code. `all.KEY` is that
+key of all stages, and of all parts where there are several.
 """
 
 import difflib
@@ -24,7 +23,6 @@ from aitok_jax.config import PER_PART, flatten, from_json, from_text, ordered, t
 Options = Callable[[Mapping], dict[str, Any]]
 """The options of a run's configuration: key -> type (see `config.typed`), or options, or '*' for any key."""
 Path_ = tuple[str, ...]
-_MISSING = object()
 
 
 class Parsed(NamedTuple):
