@@ -36,7 +36,7 @@ def _insert(request, response, storage, *args, **kwargs):
 
 _plain_download, objects.download = objects.download, _download
 _plain_insert, objects.insert = objects.insert, _insert
-from gcp_storage_emulator import server  # noqa: E402 - its routes take the functions above
+from gcp_storage_emulator import server  # noqa: E402  its table of routes takes the functions when it is imported: after they are replaced
 
 
 @contextlib.contextmanager

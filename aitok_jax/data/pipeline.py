@@ -199,9 +199,8 @@ def _tensorflow_reading(source, transform, seed, failures):
     def arrays(example, name, position):
         height, width = example[modality.name].shape[:2]
         transform.check(height, width, name)
-        if not (transform.size or getattr(source, "scale", 0)) and first.setdefault("size", (height, width, name))[
-            :2
-        ] != (height, width):
+        one_size = not transform.size and not getattr(source, "scale", 0)
+        if one_size and first.setdefault("size", (height, width, name))[:2] != (height, width):
             raise DataError(
                 f"{name} is {height}x{width} but {first['size'][2]} is {first['size'][0]}x{first['size'][1]}; "
                 "examples read at full size must all have one size: set data.fit='scale', or resize the files"

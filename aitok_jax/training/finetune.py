@@ -20,7 +20,11 @@ from aitok_jax.tasks import MODALITIES
 from aitok_jax.training import checkpoint, run_dir
 
 LOG = logging.getLogger(__name__)
-OBJECTS = ("instances", "detection")
+HARD = {"soft_input": False, "soft_detokenize": False}
+OBJECTS = {  # fields of the part, where they are not those of the weights
+    "instances": {},
+    "detection": {"tokenizer": None, "aux_weight": 0.0, **HARD},
+}
 TOKENIZER = {  # of a modality that the weights have none of
     "hidden": 16,
     "downsample": 16,
@@ -37,7 +41,6 @@ STEPS = {  # of the solver: so many epochs, between these numbers of steps
     "objects": (500, 1000, 6000),
 }
 TOKENIZER_STEPS = 1500
-HARD = {"soft_input": False, "soft_detokenize": False}
 _EVALUATIONS = 8
 _DETAILS = ("_small", "_medium", "_large", "_ar1", "_ar10", "_ar100", "confidence_spearman")
 
@@ -61,7 +64,6 @@ def plan(config: ConfigDict, workdir: str | Path) -> ConfigDict:
     steps = config.steps or _steps(kind, found.train, config.batch_size)
     stages = {}
     task, taken_over = _task(saved, kind, size, len(found.categories))
-    tasks.build(task)  # a size that does not fit is an error before anything is trained
     if kind in MODALITIES and not taken_over:
         stages["tokenizer"] = _tokenizer_run(config, kind, size, task["parts"][kind]["tokenizer"], found)
     stages[kind] = _solver_run(config, kind, size, task, found, steps, taken_over)
@@ -92,18 +94,22 @@ def report(kind: str, folder: Path) -> str:
 def _best(kind: str) -> tuple[str, str]:
     """The metric that the best weights go by, and which way is better."""
     if kind in OBJECTS:
-        return f"{kind}/{'mask' if kind == 'instances' else 'box'}_ap50", "max"
+        return f"{kind}/{'mask' if _has_masks(kind) else 'box'}_ap50", "max"
     name, better = MODALITIES[kind].headline
     return f"{kind}/{name}", better
+
+
+def _has_masks(kind: str) -> bool:
+    return "tokenizer" not in OBJECTS[kind]
 
 
 def _find(config: ConfigDict, kind: str, lists: Path) -> own.Found:
     data = config.data
     options = {"val": data.val, "share": data.share}
     if kind in OBJECTS:
-        return own.find_objects(data.root, lists, annotations=data.annotations, masks=kind == "instances", **options)
+        return own.find_objects(data.root, lists, annotations=data.annotations, masks=_has_masks(kind), **options)
     options |= {"maps": data.maps, "on_error": data.on_error}
-    if data.depth_scale and kind == "depth":
+    if data.depth_scale and hasattr(MODALITIES[kind], "file_scale"):
         options["file_scale"] = data.depth_scale
     return own.find_maps(kind, data.root, lists, **options)
 
@@ -122,15 +128,13 @@ def _task(saved: ConfigDict, kind: str, size: int, classes: int) -> tuple[dict[s
     source = saved.to_dict()["task"]
     shared, parts = source["shared"], source["parts"]
     kinds = {part.setdefault("name", name): part for name, part in parts.items()}
-    wanted = "instances" if kind == "detection" else kind
+    wanted = tasks.OBJECTS if kind in OBJECTS else kind
     taken_over = wanted in kinds
     if kind in OBJECTS:
         if not taken_over:
             raise ValueError(f"these weights do {', '.join(kinds)}, and no {kind}; give from= a run of objects")
-        part = dict(kinds[wanted])
+        part = {**kinds[wanted], **OBJECTS[kind]}
         shared["vocabulary"] = {**shared.get("vocabulary", {}), "num_classes": classes}
-        if kind == "detection":
-            part |= {"tokenizer": None, "aux_weight": 0.0, **HARD}
     elif taken_over:
         part = dict(kinds[kind])
     else:
@@ -177,7 +181,7 @@ def _maps_data(config: ConfigDict, kind: str, size: int, found: own.Found, recip
         "name": "nyu",
         **_common_data(config),
         "modality": kind,
-        "depth_scale": config.data.depth_scale if kind == "depth" else 0.0,
+        "depth_scale": config.data.depth_scale,
         "train_list": "",
         "test_list": "",
         "train_subfolder": "",
@@ -212,12 +216,12 @@ def _tokenizer_run(config: ConfigDict, kind: str, size: int, tokenizer: Mapping,
 def _solver_run(
     config: ConfigDict, kind: str, size: int, task: Mapping, found: own.Found, steps: int, taken_over: bool
 ) -> dict[str, Any]:
-    part = task["parts"][kind]
+    (part,) = tasks.build(task).parts.values()
     if kind in OBJECTS:
-        masks = part.get("mask_size", 64) if kind == "instances" else 0
+        masks = part.mask_size if part.mask_tokens else 0
         data = {"name": "coco", **_common_data(config), "size": size, "mask_size": masks}
-        data |= {"num_objects": part.get("num_objects", 100), "jitter": (0.8, 1.25), "order": "left_to_right"}
-        data |= {f"{part}_{what}": "" for part in ("train", "test") for what in ("images", "annotations")}
+        data |= {"num_objects": part.num_objects, "jitter": (0.8, 1.25), "order": "left_to_right"}
+        data |= {f"{split}_{what}": "" for split in ("train", "test") for what in ("images", "annotations")}
         data |= found.data
     else:
         data = _maps_data(config, kind, size, found, "solver")

@@ -33,6 +33,7 @@ class PairSource(Skipping, abc.ABC):
         super().__init__(on_error)
         self.modality, self.images, self.scale = modality, images, scale
         self._cache = {} if cache else None
+        self._groups: dict[tuple[int, int], list[int]] | None = None
         self._sizes: dict[int, tuple[int, int]] = {}  # by `groups`
 
     def __len__(self) -> int:
@@ -55,10 +56,15 @@ class PairSource(Skipping, abc.ABC):
     def groups(self) -> list[list[int]]:
         """The examples by the size that they are read at; all in one group where they are read as they are.
 
-        Broken ones are an error, or are left out, as `on_error` says.
+        Heads of files are read once. Broken ones are an error, or are left out, as `on_error` says.
         """
         if not self.scale:
             return [list(range(len(self)))]
+        if self._groups is None:
+            self._groups = self._grouped()
+        return list(self._groups.values())
+
+    def _grouped(self) -> dict[tuple[int, int], list[int]]:
         groups: dict[tuple[int, int], list[int]] = {}
         for index, name in enumerate(self.names):
             try:
@@ -70,7 +76,7 @@ class PairSource(Skipping, abc.ABC):
                 self._skip(name, error)
             else:
                 groups.setdefault(self._sizes[index], []).append(index)
-        return list(groups.values())
+        return groups
 
     def read_readable(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
         """As of `Skipping`; what is read in the place of an example of `groups` has the size of its group."""
