@@ -15,7 +15,7 @@ DEPTH = Depth()
 
 @pytest.fixture
 def roots(tmp_path):
-    for root, count, size in (("a", 5, (12, 16)), ("b", 3, (11, 20))):
+    for root, count, size in (("a", 5, (12, 16)), ("b", 3, (13, 20))):
         for i in range(count):
             write_pair(tmp_path / root / "room", i, size=size, seed=i)
         write_pair(tmp_path / root / "official_splits/test/den", size=size)
