@@ -81,6 +81,24 @@ def test_steps_follow_the_data():
     assert finetune._steps("instances", 40, 0) == 1250
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "values", "column", "place"),
+    [
+        ("depth", "rmse", [0.9, 0.7, 0.8], "best, step 5", "best"),
+        ("depth", "rmse", [0.9, 0.8, 0.7], "best, step 9", ""),
+        ("instances", "box_ap50", [0.0, 0.2, 0.1], "best, step 5", "best"),
+        ("instances", "box_ap50", [0.0, 0.0, 0.0], "best, step 0", ""),  # the start knows none of the new classes
+    ],
+)
+def test_which_weights_the_report_names(tmp_path, kind, name, values, column, place):
+    lines = [{"step": step, f"{kind}/{name}": value} for step, value in zip((0, 5, 9), values, strict=True)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "metrics.json").write_text(json.dumps({f"{kind}/{name}": values[-1]}))
+    report = finetune.report(kind, tmp_path)
+    assert column in report.splitlines()[0]
+    assert f"--checkpoint={tmp_path / place} " in report
+
+
 def test_what_to_predict_must_be_said():
     for wrong in (None, "size=64", "depth,normals"):
         with pytest.raises(ValueError, match=r"one of depth, normals, .*as in configs/finetune\.py:depth"):
