@@ -126,6 +126,19 @@ def _typed_sequence(name: str, value: Any, kind: Any, inner: tuple) -> tuple:
     return tuple(typed(name, each, inner[0] if inner else None) for each in values)
 
 
+def check_given(name: str, config: Mapping | ConfigDict, keys: Iterable[str]) -> None:
+    """ValueError where `config`, called `name`, lacks one of these keys."""
+    if missing := [key for key in keys if key not in config]:
+        raise ValueError(f"{name}: {', '.join(missing)} must be given; the files in configs/ have all keys")
+
+
+def check_mappings(run: ConfigDict) -> None:
+    """ValueError where what must be a mapping in a run's configuration is none."""
+    for key in ("task", "data", "optim"):
+        if key in run and not isinstance(run[key], ConfigDict):
+            raise ValueError(f"config.{key}={run[key]!r} must be a mapping, {{key: value}}")
+
+
 def unknown(name: str, valid: Iterable[str]) -> str:
     """'NAME' is unknown; did you mean 'NEAREST'? Valid: ... - the end of an error message."""
     valid = sorted(valid)

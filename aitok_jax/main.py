@@ -52,10 +52,9 @@ def run(
     config, workdir = ordered(config), checkpoint.place(workdir) if str(workdir).strip() else workdir
     if "finetune" in config:
         config, unchanged = finetune.plan(config, workdir), None
+    checks.check_runs(config)
     if "stages" not in config:
         return _run(config, workdir, workdir, mode, unchanged)
-    for stage in config.stages.values():
-        checks.check_keys(stage)
     with lock.held(workdir):
         return _run_stages(config, workdir, mode, unchanged)
 
@@ -99,6 +98,7 @@ def dry_run(config: ConfigDict | Mapping, workdir: str | Path) -> None:
     config, workdir = ordered(config), checkpoint.place(workdir)
     if "finetune" in config:
         config = finetune.plan(config, workdir)
+    checks.check_runs(config)
     stages = {name: config.stages[name] for name in stage_order(config.stages)} if "stages" in config else {"": config}
     runs = {workdir / name: format_workdir(stage, str(workdir)) for name, stage in stages.items()}
     for folder, run in setup.check_all(runs).items():

@@ -16,8 +16,7 @@
 # built-in scenes, furnished rooms from a small ray caster, at 64×64 pixels: good for trying things out, not for
 # photographs. Yours go in the same call (last section).
 #
-# The notebook needs the package: `%pip install <its checkout or address>` in a cell above this one. Two CPU cores are
-# enough.
+# The next cell installs the package where it is missing. Two CPU cores are enough.
 
 # %%
 import matplotlib.pyplot as plt

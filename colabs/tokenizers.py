@@ -15,7 +15,7 @@
 # looks at what a code stands for, and at what lies *between* two codes: the soft tokens that the method is named
 # after.
 #
-# The notebook needs the package: `%pip install <its checkout or address>` in a cell above this one. It runs on a CPU.
+# The next cell installs the package where it is missing. The notebook runs on a CPU.
 
 # %%
 import matplotlib.pyplot as plt

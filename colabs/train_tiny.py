@@ -15,7 +15,7 @@
 # pretrained backbone and a finished tokenizer, this one starts from those that come with the package; its transformer
 # starts from nothing. Then the same weights decode with soft and with hard tokens.
 #
-# The notebook needs the package: `%pip install <its checkout or address>` in a cell above this one.
+# The next cell installs the package where it is missing.
 
 # %%
 import dataclasses

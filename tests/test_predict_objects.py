@@ -15,6 +15,7 @@ import tiny_runs
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from tiny_runs import CATEGORIES
 
 from aitok_jax import tasks, visualize
@@ -323,6 +324,28 @@ def test_pycocotools_takes_the_results_of_all_images(photos, tmp_path, capsys):
     assert [len(found.getAnnIds(imgIds=[i])) for i in (10, 11)] == [len(results) for results in each] == [3, 3]
     assert found.annToMask(found.anns[1]).shape == (100, 200)
     assert json.loads((out / "categories.json").read_text()) == CATEGORIES
+
+
+def test_results_have_the_ids_of_the_classes_in_the_annotations(photos, tmp_path, capsys):
+    """Of the file's, dog and sofa are the model's, and 7 is not its cup."""
+    truth = json.loads((tmp_path / "annotations.json").read_text())
+    categories = [{"id": 7, "name": "lamp"}, {"id": 1, "name": "sofa"}, {"id": 5, "name": "dog"}]
+    box = {"image_id": 10, "category_id": 5, "bbox": [100, 50, 50, 50], "area": 2500, "iscrowd": 0, "id": 1}
+    content = truth | {"categories": categories, "annotations": [box]}
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    assert main(photos) == 0
+    assert "annotations.json has no category cup: objects of these classes are left out" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert [result["category_id"] for result in json.loads((out / "a_instances.json").read_text())] == [1, 5, 8]
+    assert [result["category_id"] for result in json.loads((out / "results.json").read_text())] == [1, 5, 1, 5]
+    own = [{"id": 8, "name": "cup"}, {"id": 5, "name": "dog"}, {"id": 1, "name": "sofa"}]
+    assert json.loads((out / "categories.json").read_text()) == own
+    coco = COCO(tmp_path / "annotations.json")
+    scorer = COCOeval(coco, coco.loadRes(str(out / "results.json")), "bbox")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    assert scorer.stats[1] > 0.99
 
 
 def test_without_objects_the_list_is_empty_and_that_is_said(photos, monkeypatch, tmp_path, capsys):

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from aitok_jax import paths
 from aitok_jax.command_line import usage
-from aitok_jax.config import PER_PART, flatten, from_json, from_text, ordered, typed
+from aitok_jax.config import PER_PART, check_mappings, flatten, from_json, from_text, ordered, typed
 
 Options = Callable[[Mapping], dict[str, Any]]
 """The options of a run's configuration: key -> type (see `config.typed`), or options, or '*' for any key."""
@@ -97,7 +97,15 @@ def load(source: str) -> ConfigDict:
         raise ValueError(f"{file}{where}: {type(error).__name__}: {error}; correct the configuration") from error
     if not isinstance(config, Mapping | ConfigDict):
         raise ValueError(f"{file}: get_config must return a ConfigDict, not {type(config).__name__}")
-    return config if isinstance(config, ConfigDict) else ordered(config)
+    config = config if isinstance(config, ConfigDict) else ordered(config)
+    stages = config.stages if "stages" in config else {"": config}
+    if not (stages and isinstance(stages, Mapping | ConfigDict)):
+        raise ValueError(f"{file}: stages must be a mapping of at least one run, {{name: {{key: value}}}}")
+    for name, run in stages.items():
+        if not isinstance(run, ConfigDict):
+            raise ValueError(f"{file}: stages.{name}={run!r} must be a run, {{key: value}}")
+        check_mappings(run)
+    return config
 
 
 def override(config: ConfigDict, given: Iterable[tuple[str, str]], options: Options) -> None:

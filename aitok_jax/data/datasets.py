@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from aitok_jax import paths
-from aitok_jax.config import unknown
+from aitok_jax.config import check_given, unknown
 from aitok_jax.data import map_transforms, object_transforms
 from aitok_jax.data.pipeline import Source, Transform
 from aitok_jax.data.sources import coco, mixture, nyu, prepared
@@ -29,6 +29,11 @@ _OBJECTS |= {"mask_size": int, "size": int, "num_objects": int, "jitter": tuple[
 KEYS = {"nyu": _COMMON | _MAPS, "coco": _COMMON | _OBJECTS}
 KEYS["coco_masks"] = KEYS["coco"]
 """What `config.data` may have, by its name: key -> type, see `config.typed`."""
+_UNUSED = {  # by recipe or name
+    "tokenizer": ("color", "cutdepth"),
+    "solver": ("columns",),
+    "coco_masks": ("size", "num_objects", "jitter", "order"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,7 @@ def build(config: Any) -> Data:
     at, and lists or render are an error.
     """
     builders = {"nyu": _nyu, "coco": _coco, "coco_masks": _coco_masks}
+    check_given("config.data", config, ["name"])
     if config.name not in builders:
         raise ValueError(
             f"data.name={config.name!r} must be 'nyu' (NYUv2, or any folder in its layout), 'coco' (images with an "
@@ -73,6 +79,7 @@ def build(config: Any) -> Data:
     for key in config:
         if key not in KEYS[config.name]:
             raise ValueError(f"config.data.{key}: {unknown(key, KEYS[config.name])}")
+    _check_complete(config)
     data = builders[config.name](config)
     if count := config.also_count:
         changes = {"root": config.also_root, "expected_train": 0, "expected_test": 0, "render": {}}
@@ -81,6 +88,16 @@ def build(config: Any) -> Data:
         also = builders[config.name](ConfigDict({**config, **changes}))
         data = dataclasses.replace(data, train=mixture.Mixture(data.train, also.train, count))
     return data
+
+
+def _check_complete(config: Any) -> None:
+    """ValueError for a missing key; what the kind of data, or prepared data, leaves unused may be missing."""
+    check_given("config.data", config, ["root", *(("modality", "recipe") if config.name == "nyu" else ())])
+    unused = _UNUSED.get(config.recipe if config.name == "nyu" else config.name, ())
+    of_folders = ("train_", "test_", "render") if _prepared(config) else ()
+    check_given("config.data", config, [key for key in KEYS[config.name] if not key.startswith((*unused, *of_folders))])
+    if not of_folders and config.render:
+        check_given("config.data.render", config.render, ("train", "test", "height", "width"))
 
 
 def _nyu(config: Any) -> Data:

@@ -10,7 +10,8 @@ writes for each image NAME.ext, at the image's own size and orientation, NAME_pa
   with the id that the image has in --annotations. The panel shows those whose score is at least --min_score.
 
 Beside these, results.json holds the objects of all images, as pycocotools' `COCO.loadRes` takes them with the JSON of
---annotations, and categories.json the classes.
+--annotations, and categories.json the classes. Their ids are those of the categories of the same names in
+--annotations; objects of classes that it does not have are not in results.json.
 
 `aitok_results.jsonl` there names these files: they are replaced by the next run, and never taken for images; a file
 that is not in it is replaced only with --overwrite. Two images of one NAME are refused, and images that are not in
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from aitok_jax import paths
 from aitok_jax.command_line.progress import progress_bar
 from aitok_jax.image import model_size, read_image
-from aitok_jax.predict import image_ids, outputs, pointcloud
+from aitok_jax.predict import coco_ids, outputs, pointcloud
 from aitok_jax.predict.outputs import Results, find_images, name_results, result_names
 from aitok_jax.predict.predictor import BATCH_SIZE, Predictor
 
@@ -43,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         stems = name_results(files)
         predictor = Predictor.load(options.checkpoint)
         task = _checked(options, predictor)
-        ids = image_ids.of_files(options.annotations, list(stems)) if options.annotations else stems
+        ids, unlisted = stems, {}
+        if options.annotations:
+            annotations = coco_ids.Annotations(options.annotations)
+            ids = annotations.of_files(list(stems))
+            predictor.categories, unlisted = annotations.of_classes(predictor.categories)
         together = [] if predictor.parts[task].kind == "maps" else outputs.TOGETHER
         names = (result_names(predictor, task, stem, options) for stem in stems.values())
         results.check([*itertools.chain(*names), *together])
@@ -51,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().error(str(error))
     if passed_over:
         print(f"passed over: {paths.listed(passed_over)}", file=sys.stderr)
+
+    if unlisted:
+        print(
+            f"{options.annotations} has no category {paths.listed(unlisted.values())}: objects of these classes are "
+            f"left out of {outputs.TOGETHER[0]}, and are in NAME_instances.json alone",
+            file=sys.stderr,
+        )
 
     failed: list[Path] = []
     found: list[dict] = []
@@ -62,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.exit(f"error: {error}; {bar.n} of {len(stems)} images are done")
             bar.update(len(images))
     if together:
-        outputs.write_together(found, predictor.categories, results)
+        listed = [each for each in found if each["category_id"] not in unlisted]
+        outputs.write_together(listed, predictor.categories, results)
     if failed:
         print(f"{len(failed)} of {len(stems)} images failed: {paths.listed(failed)}", file=sys.stderr)
     print(f"{len(results.written)} files of {len(stems) - len(failed)} images in {paths.shown(results.folder)}")
@@ -84,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         help="images, folders of images, or quoted patterns such as 'photos/*.jpg' ('**' for all folders below)",
     )
     parser.add_argument("--out", required=True, help="folder for the results")
-    parser.add_argument("--annotations", metavar="JSON", help="COCO JSON that has the images' ids, for objects")
+    parser.add_argument("--annotations", metavar="JSON", help="COCO JSON that has the ids of images and classes")
     parser.add_argument("--overwrite", action="store_true", help="replace files in --out that are no results of ours")
     parser.add_argument(
         "--min_score", type=float, default=0.5, help="lowest score of an object in the panel (default: %(default)s)"

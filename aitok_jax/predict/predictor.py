@@ -287,7 +287,7 @@ def _categories(parts: Mapping[str, Any], given: Sequence[Mapping[str, Any]] | N
         return []
     count = parts["detection"].vocabulary.num_classes
     if given is None or not len(given):
-        return [{"id": i + 1, "name": f"class {i}"} for i in range(count)]
+        return numbered(count)
     if len(given) > count:
         raise ValueError(f"{len(given)} categories, but the model knows {count} classes; give those it was trained for")
     for category in given:
@@ -297,6 +297,11 @@ def _categories(parts: Mapping[str, Any], given: Sequence[Mapping[str, Any]] | N
     if len(set(ids)) < len(ids):
         raise ValueError(f"two categories have one id in {ids}; give each its own")
     return [{"id": i, "name": str(category["name"])} for i, category in zip(ids, given, strict=True)]
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    """The categories of a model whose classes have no names."""
+    return [{"id": i + 1, "name": f"class {i}"} for i in range(count)]
 
 
 def _ids(image_id: Any, count: int) -> list[int | str]:

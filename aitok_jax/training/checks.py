@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aitok_jax import evaluators
-from aitok_jax.config import ordered, short_key, translated, typed, unknown
+from aitok_jax.config import check_given, check_mappings, ordered, short_key, translated, typed, unknown
 from aitok_jax.parallel import overview
 from aitok_jax.tasks.base import Part, variable_shapes
 from aitok_jax.tasks.solver import part_prefix
@@ -27,15 +27,26 @@ _LEAST = {"train_steps": 1, "log_every": 1, "keep_checkpoints": 1, "eval_every":
 _LEAST |= {"accumulate": 1, "fsdp": 1}
 
 
+def check_runs(config: ConfigDict) -> None:
+    """TensorFlow, and `check_keys` of a run, or of all its stages."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ValueError("training needs TensorFlow, which is not installed here: pip install tensorflow-cpu")
+    for name, run in config.stages.items() if "stages" in config else [("", config)]:
+        try:
+            check_keys(run)
+        except ValueError as error:
+            raise ValueError(f"stage {name}: {error}" if name else str(error)) from error
+
+
 def check_keys(config: ConfigDict) -> None:
-    """Missing and misspelt keys of a run, and where TensorFlow is missing.
+    """Missing and misspelt keys of a run.
 
     A key of one's own may hold the path of a run, for `start_from` to refer to.
     """
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ValueError("training needs TensorFlow, which is not installed here: pip install tensorflow-cpu")
-    if missing := [key for key in REQUIRED if key not in config]:
-        raise ValueError(f"config: {', '.join(missing)} must be given")
+    check_given("config", config, REQUIRED)
+    check_mappings(config)
+    check_given("config.task", config.task, ["name"])
+    check_given("config.task", config.task, ["parts"] * (config.task.name in ("solver", "tokenizer")))
     known = (*REQUIRED, *OPTIONAL)
     for key, value in config.items():
         is_path = isinstance(value, str) and not difflib.get_close_matches(key, known, 1, _ALIKE)
@@ -44,8 +55,7 @@ def check_keys(config: ConfigDict) -> None:
     for key in config.optim:
         if key not in OPTIM:
             raise ValueError(f"config.optim.{key}: {unknown(key, OPTIM)}")
-    if missing := [key for key in OPTIM if key not in config.optim]:
-        raise ValueError(f"config.optim: {', '.join(missing)} must be given")
+    check_given("config.optim", config.optim, OPTIM)
 
 
 def with_types(config: ConfigDict) -> ConfigDict:
@@ -57,9 +67,10 @@ def with_types(config: ConfigDict) -> ConfigDict:
         for key, value in values.items():
             kind = kinds.get(key, kinds.get("*")) if isinstance(kinds, Mapping) else None
             name = f"{prefix}{key}"
-            if isinstance(value, Mapping | ConfigDict):
+            if isinstance(value, Mapping | ConfigDict) and kind not in (bool, int, float, str):
                 result[key] = checked(value, kind, f"{name}.")
             else:
+                value = value.to_dict() if isinstance(value, ConfigDict) else value
                 result[key] = typed(f"config.{short_key(name, config.task)}", value, kind)
         return result
 
@@ -88,6 +99,12 @@ def check_values(config: ConfigDict) -> None:
             "they do not follow train_steps, give --config.optim.schedule.boundaries=(%d,) too",
             *(tuple(schedule.boundaries), steps, steps * 3 // 4),
         )
+
+
+def check_by_part(config: ConfigDict, parts: Iterable[str]) -> None:
+    """Data and sizes of batches that are not given for each part."""
+    for key in ("data", "batch_size", "eval_batch_size"):
+        check_given(f"config.{key}", config[key] or {}, parts)
 
 
 def check_part(name: str, part: Part, config: ConfigDict, task: Any) -> None:

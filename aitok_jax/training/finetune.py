@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from aitok_jax import paths, tasks
-from aitok_jax.config import ordered
+from aitok_jax.config import check_given, ordered
 from aitok_jax.data import own
 from aitok_jax.tasks import MODALITIES
 from aitok_jax.training import checkpoint, run_dir
@@ -42,6 +42,11 @@ STEPS = {  # of the solver: so many epochs, between these numbers of steps
 }
 TOKENIZER_STEPS = 1500
 _EVALUATIONS = 8
+_KEYS = {  # of the configuration of a plan, and those inside
+    "finetune": ("task", "size", "from"),
+    "data": ("root", "maps", "annotations", "val", "share", "depth_scale", "on_error"),
+    **dict.fromkeys(("steps", "batch_size", "learning_rate", "seed"), ()),
+}
 _DETAILS = ("_small", "_medium", "_large", "_ar1", "_ar10", "_ar100", "confidence_spearman")
 
 
@@ -55,6 +60,7 @@ def plan(config: ConfigDict, workdir: str | Path) -> ConfigDict:
     Raises:
       ValueError: weights that do not do the task, or sizes that do not fit; FileNotFoundError, DataError: see `own`.
     """
+    _check_keys(config)
     kind, source = config.finetune.task, config.finetune["from"]
     saved, _ = checkpoint.load_inference(source)
     if saved.task.name != "solver":
@@ -69,6 +75,12 @@ def plan(config: ConfigDict, workdir: str | Path) -> ConfigDict:
     stages[kind] = _solver_run(config, kind, size, task, found, steps, taken_over)
     LOG.info("the plan:\n  %s", "\n  ".join(_lines(config, kind, found, size, stages)))
     return ordered({"stages": stages})
+
+
+def _check_keys(config: ConfigDict) -> None:
+    check_given("config", config, _KEYS)
+    for key, inner in _KEYS.items():
+        check_given(f"config.{key}", config[key] if inner else (), inner)
 
 
 def report(kind: str, folder: Path) -> str:

@@ -73,7 +73,7 @@ def check_all(runs: Mapping[Path, ConfigDict]) -> dict[Path, Run]:
 
 def _checked(config: ConfigDict, folder: Path) -> Run:
     """Without a folder, which is not touched."""
-    checks.check_keys(config)
+    checks.check_runs(config)
     config = checks.with_types(config)
     checks.check_values(config)
     mesh = sharding.make_mesh(config.fsdp)
@@ -81,6 +81,7 @@ def _checked(config: ConfigDict, folder: Path) -> Run:
     task = tasks.build(config.task)
     variants = {name: _variants(part, config.eval_variants.get(name) or {}) for name, part in task.parts.items()}
     checks.check_best_metric(config, task)
+    checks.check_by_part(config, task.parts)
     for name, part in task.parts.items():
         checks.check_part(name, part, config, task)
     run = Run(config, None, mesh, task, variants, {})
