@@ -32,8 +32,8 @@ def map_panel(
 ) -> np.ndarray:
     """One row of labelled pictures: image, truth, prediction, error, confidence.
 
-    Truth and prediction are drawn as the modality says; pixels without annotation are grey. The RMSE above the error is
-    over all annotated pixels, without crop.
+    Truth and prediction are drawn as the modality says; pixels without annotation are grey. What is said above the
+    error is of all annotated pixels, without crop.
 
     Args:
         modality: of the maps.
@@ -66,9 +66,9 @@ def map_panel(
 def _error_tile(modality: Modality, prediction: np.ndarray, truth: np.ndarray) -> tuple:
     error = np.where(modality.valid(truth), modality.error(prediction, truth), np.nan)
     finite = error[np.isfinite(error)]
-    rms = f"RMSE {np.sqrt(np.mean(np.square(finite))):.2f} {modality.unit}" if finite.size else "no annotation"
+    said = modality.summary(finite) if finite.size else "no annotation"
     style = {"cmap": ERROR_COLORS, "vmin": 0.0, "vmax": color_range(finite)[1]}
-    return f"error ({rms})", error, style, f"|error| [{modality.unit}]"
+    return f"error ({said})", error, style, f"|error| [{modality.unit}]"
 
 
 def objects_panel(
