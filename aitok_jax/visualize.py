@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from aitok_jax.paths import shown
 from aitok_jax.tasks.modalities import Modality
@@ -54,13 +54,22 @@ def map_panel(
         if map_ is not None and np.shape(map_)[:2] != image.shape[:2]:
             raise ValueError(f"{name} must have the size of the image, {image.shape[:2]}, got {np.shape(map_)}")
     tiles = [("image", image, {}, "")]
-    tiles += [(name, *tile) for name, tile in zip(maps, modality.tiles(list(maps.values())), strict=True)]
+    for name, tile in zip(maps, modality.tiles(list(maps.values())), strict=True):
+        tiles.append((name, *tile[:3], functools.partial(_name_colors, tile.names)))
     if truth is not None:
         tiles.append(_error_tile(modality, maps["prediction"], maps["ground truth"]))
     if confidence is not None:
         style = {"cmap": CONFIDENCE_COLORS, "vmin": 0.0, "vmax": 1.0}
         tiles.append(("confidence", np.asarray(confidence, np.float32), style, "0 = unsure, 1 = sure"))
     return _draw(tiles, title, aspect=image.shape[0] / image.shape[1])
+
+
+def _name_colors(names: Mapping[str, Sequence[int]], axes) -> None:
+    if names:
+        patches = [Patch(color=np.asarray(color) / 255, label=shown(name)) for name, color in names.items()]
+        style = {"loc": "upper left", "bbox_to_anchor": (0, -0.01), "ncols": 3, "fontsize": 7, "frameon": False}
+        for text in axes.legend(handles=patches, handlelength=1, columnspacing=1, **style).get_texts():
+            text.set_parse_math(False)
 
 
 def _error_tile(modality: Modality, prediction: np.ndarray, truth: np.ndarray) -> tuple:

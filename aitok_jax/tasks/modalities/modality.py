@@ -14,11 +14,32 @@ from aitok_jax.image import resize
 
 
 class Tile(NamedTuple):
-    """A picture of a map for a panel: an array for imshow, options of it, and the label of a colour bar or ''."""
+    """A picture of a map for a panel: an array for imshow, options of it, and the label of a colour bar or ''.
+
+    `names` of colours, RGB of 0..255, stand below it.
+    """
 
     values: np.ndarray
     style: Mapping[str, Any]
     unit: str
+    names: Mapping[str, Sequence[int]] = {}
+
+
+class Layout(NamedTuple):
+    """The folders of a public data set.
+
+    Attributes:
+        images, maps: folders, with the same folders in them.
+        endings: of an image's name without suffix, and of its map's in the place of that.
+        val: the folder in both that is evaluated on.
+        fields: of the modality.
+    """
+
+    images: str
+    maps: str
+    endings: tuple[str, str]
+    val: str
+    fields: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +63,7 @@ class Modality(abc.ABC):
         writes: suffixes of the files that `write` makes.
         suffixes: of files that `read` takes, for the same name as that of `pair`.
         file_fields: keys of a configuration's `data` -> the fields that they set for `read`.
+        layouts: of public data sets that are read as they are.
     """
 
     name: ClassVar[str]
@@ -57,6 +79,13 @@ class Modality(abc.ABC):
     suffixes: ClassVar[tuple[str, ...]] = (".png",)
     writes: ClassVar[tuple[str, ...]] = (".npy", ".png")
     file_fields: ClassVar[Mapping[str, str]] = {}
+    layouts: ClassVar[tuple[Layout, ...]] = ()
+
+    @classmethod
+    def told(cls, folder: Path) -> dict[str, Any]:
+        """Fields that files in a folder of images and maps tell."""
+        del folder
+        return {}
 
     @property
     def legend(self) -> dict[str, Any]:

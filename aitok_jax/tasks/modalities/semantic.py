@@ -17,10 +17,16 @@ import numpy as np
 from aitok_jax import paths
 from aitok_jax.image import is_16_bit_grey, open_image, resize, save_png
 from aitok_jax.models import losses
-from aitok_jax.tasks.modalities.modality import Modality, Tile
+from aitok_jax.tasks.modalities.modality import Layout, Modality, Tile
 
 IGNORED = 255
+CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation")
+CITYSCAPES += ("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
+"""In the order of its train ids."""
+_LISTS = "classes.txt", "classes.json"
+_ADE20K_LIST = "objectInfo150.txt"  # a line a class, after a title; the name comes last
 _GREY = (128, 128, 128)
+_NAMED = 12  # classes of a picture, the largest
 _GOLDEN = 0.618034  # hues so far apart are never alike
 _CONFUSION = "confusion"
 
@@ -43,6 +49,10 @@ class Semantic(Modality):
     pair: ClassVar[str] = "semantic_{}.png"
     writes: ClassVar[tuple[str, ...]] = (".png", ".json")
     file_fields: ClassVar[Mapping[str, str]] = {"first_label": "first_label"}
+    layouts: ClassVar[tuple[Layout, ...]] = (
+        Layout("images", "annotations", ("", ""), "validation", {"first_label": 1}),  # ADE20K
+        Layout("leftImg8bit", "gtFine", ("leftImg8bit", "gtFine_labelTrainIds"), "val", {"classes": CITYSCAPES}),
+    )
 
     classes: tuple[str, ...] = ()
     first_label: int = 0
@@ -50,11 +60,25 @@ class Semantic(Modality):
     def __post_init__(self):
         if not 1 <= len(self.classes) <= IGNORED or len(set(self.classes)) < len(self.classes):
             raise ValueError(
-                f"classes={self.classes!r:.80} must be 1 to {IGNORED} different names, as in "
-                "--config.task.classes=wall,floor,chair"
+                f"classes={self.classes!r:.80} must be 1 to {IGNORED} different names; give them in task.classes or, "
+                f"for a folder of yours, in {_LISTS[0]} there, a name a line in the order of the labels"
             )
         if self.first_label not in (0, 1):
             raise ValueError(f"first_label={self.first_label} must be 0, or 1 where 0 in a file is no class")
+
+    @classmethod
+    def told(cls, folder: Path) -> dict[str, tuple[str, ...]]:
+        """The classes, from classes.txt, a name a line, classes.json, a list, or the list of ADE20K."""
+        text, listed, ade20k = (folder / name for name in (*_LISTS, _ADE20K_LIST))
+        if text.is_file():
+            names = [line.strip() for line in paths.read_lines(text)]
+        elif listed.is_file():
+            names = _names(listed)
+        elif ade20k.is_file():
+            names = [line.split("\t")[-1].strip() for line in paths.read_lines(ade20k)[1:]]
+        else:
+            return {}
+        return {"classes": tuple(names)}
 
     @property
     def channels(self) -> int:
@@ -150,7 +174,24 @@ class Semantic(Modality):
         paths.write_text(f"{target}_semantic.json", json.dumps(list(self.classes)))
 
     def tiles(self, maps: Sequence[np.ndarray]) -> list[Tile]:
-        return [Tile(palette()[map_.astype(np.uint8)], {}, "") for map_ in maps]
+        colors, tiles = palette(), []
+        for map_ in (map_.astype(np.uint8) for map_ in maps):
+            labels, counts = np.unique(map_[map_ < self.channels], return_counts=True)
+            most = sorted(labels[np.argsort(-counts)][:_NAMED])
+            tiles.append(Tile(colors[map_], {}, "", {self.classes[i]: colors[i] for i in most}))
+        return tiles
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        names = json.loads(paths.read(file))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); write the list of the classes' names") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{file} holds {names!r:.80}; write the list of the classes' names, in the order of the labels"
+        )
+    return names
 
 
 def palette() -> np.ndarray:
