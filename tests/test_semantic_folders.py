@@ -1,14 +1,16 @@
 """Semantic maps as people have them: with a list of classes, in the layouts of ADE20K and Cityscapes."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from test_prepared import command
 
 from aitok_jax.data import datasets, own
-from aitok_jax.tasks.modalities import Semantic
+from aitok_jax.tasks.modalities import Normals, Semantic
 from aitok_jax.tasks.modalities.semantic import CITYSCAPES
 from configs import common
 
@@ -130,3 +132,35 @@ def test_labels_are_of_the_models_classes(tmp_path):
     config.depth_scale = 5.0
     with pytest.raises(ValueError, match=r"data.depth_scale=5.0 is for depth, not for data.modality='semantic'"):
         datasets.build(config, Semantic(classes=("a",)))
+
+
+def test_prepared(tmp_path):
+    """`prepare folder` with maps of every kind gives what the folder gives; the classes come along."""
+    for i, room in enumerate("aabbcc"):
+        picture(tmp_path / f"photos/{room}/{i}.png", LABELS)
+        save(tmp_path / f"labels/{room}/{i}.png", np.minimum(LABELS + i, 255) % 256)
+        save(tmp_path / f"bumps/{room}/{i}.png", np.full((4, 4, 3), 100 + i))
+    (tmp_path / "labels/classes.txt").write_text("\n".join("abcdefgh"))
+    maps = (f"--semantic={tmp_path / 'labels'}", f"--normals={tmp_path / 'bumps'}")
+    command("folder", tmp_path / "photos", tmp_path / "out", *maps, "--first_label=1", "--test_share=0.3")
+    for modality in (Semantic(classes=tuple("abcdefgh"), first_label=1), Normals()):
+        name = modality.name
+        config = ConfigDict(common.maps_data(name, str(tmp_path / "out"), 4, "solver"))
+        data = datasets.build(config, dataclasses.replace(modality, first_label=0) if name == "semantic" else modality)
+        assert (len(data.train), len(data.eval)) == (4, 2)
+        for source in (data.train, data.eval):
+            for i, image in enumerate(source.names):
+                raw = (tmp_path / {"semantic": "labels", "normals": "bumps"}[name] / image).read_bytes()
+                np.testing.assert_array_equal(source.read(i)[name], modality.read(raw))
+                np.testing.assert_array_equal(
+                    source.read(i)["image"], np.asarray(Image.open(tmp_path / "photos" / image))
+                )
+        found = own.find_maps(name, str(tmp_path / "out"), tmp_path / "lists")
+        assert (found.train, found.val) == (4, 2)
+        assert found.fields == ({"classes": tuple("abcdefgh")} if name == "semantic" else {})
+    config = ConfigDict(common.maps_data("semantic", str(tmp_path / "out"), 4, "solver"))
+    with pytest.raises(ValueError, match=r"has classes=\('a', .*\), but the model \('x',\); give both the same"):
+        datasets.build(config, Semantic(classes=("x",)))
+    config.first_label = 1
+    with pytest.raises(ValueError, match=r"data\.first_label has no effect on the prepared data"):
+        datasets.build(config, Semantic(classes=tuple("abcdefgh")))

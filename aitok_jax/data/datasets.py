@@ -107,6 +107,7 @@ def _nyu(described: Modality | None, config: Any) -> Data:
     options = {"on_error": config.on_error, "cache": config.cache, "scale": scale}
     if folder := _prepared(config):
         train, test = prepared.nyu_sources(folder, train_images=train_images, counts=counts, **options)
+        _check_same(folder, train.modality, modality)
         return Data(train, test, train_transform, eval_transform)
     _render(config)
     source = functools.partial(nyu.NyuSource, modality, config.root, **options)
@@ -115,6 +116,13 @@ def _nyu(described: Modality | None, config: Any) -> Data:
     )
     test = source(config.test_list, subfolder=config.test_subfolder, expected_count=config.expected_test)
     return Data(train, test, train_transform, eval_transform)
+
+
+def _check_same(folder: Path, found: Modality, wanted: Modality) -> None:
+    """DataError where the data says fields of its maps that are others than the model's."""
+    for name in prepared.told_fields(folder):
+        if (theirs := getattr(found, name)) != (ours := getattr(wanted, name)):
+            raise DataError(f"{folder} has {name}={theirs!r:.200}, but the model {ours!r:.200}; give both the same")
 
 
 def _file_options(config: Any) -> dict[str, Any]:
@@ -178,7 +186,8 @@ def _coco_sources(
 def _prepared(config: Any) -> Path | None:
     """The folder of prepared data, where root has some."""
     folder = _find(config, config.root)
-    chosen = [key for key in ("train_list", "test_list", "render", "depth_scale") if key in config] if folder else []
+    keys = ("train_list", "test_list", "render", *_FILE_FIELDS)
+    chosen = [key for key in keys if key in config] if folder else []
     for key in chosen:
         if config[key]:
             raise ValueError(
@@ -189,10 +198,8 @@ def _prepared(config: Any) -> Path | None:
 
 
 def _find(config: Any, root: str) -> Path | None:
-    """Prepared data of the configuration's kind; of maps, those of one modality can be."""
-    if config.name == "nyu" and config.modality != prepared.MODALITY.name:
-        return None
-    return prepared.find(paths.expand(root), "nyu" if config.name == "nyu" else "coco")
+    """Prepared data of the configuration's kind."""
+    return prepared.find(paths.expand(root), prepared.kind_of(config.modality) if config.name == "nyu" else "coco")
 
 
 def _render(config: Any, **defaults: Any) -> None:

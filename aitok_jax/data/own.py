@@ -58,9 +58,10 @@ def find_maps(
       FileNotFoundError: no such folder; DataError: no pairs in it, or broken ones, which on_error='skip' leaves out.
     """
     folder = _folder(root)
-    if modality == prepared.MODALITY.name and (place := prepared.find(folder, "nyu")):
+    if place := prepared.find(folder, prepared.kind_of(modality)):
         train, test = prepared.nyu_sources(place, train_images=False, counts=(0, 0))
-        return Found({"root": str(place), "test_subfolder": ""}, len(train), len(test))
+        fields = {name: getattr(train.modality, name) for name in prepared.told_fields(place)}
+        return Found({"root": str(place), "test_subfolder": ""}, len(train), len(test), fields=fields)
     layout = None if maps else _layout(modality, folder)
     told = {**(layout.fields if layout else {}), **MODALITIES[modality].told(folder)}
     kind = MODALITIES[modality](**{**told, **options})
