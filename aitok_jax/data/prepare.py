@@ -73,6 +73,8 @@ def prepare_folder(args: argparse.Namespace) -> None:
         raise ValueError(
             "give --depth=FOLDER or that of other maps, --annotations=JSON, or both; images alone train nothing"
         )
+    if args.fov and not 0 < args.fov < 180:
+        raise ValueError(f"--fov={args.fov} must be the horizontal field of view in degrees, between 0 and 180")
     for folder in (args.images, *folders.values()):
         if not paths.expand(folder).is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
@@ -87,13 +89,20 @@ def prepare_folder(args: argparse.Namespace) -> None:
     }
     names = list(dict.fromkeys(itertools.chain(*pairs.values(), source.names if source else ())))
     tested = own.to_evaluate(images, names, args.test_share, args.val)
-    for kind, found in pairs.items():
-        lines = [{"name": name, "image": str(images / name), kind: str(place)} for name, place in found.items()]
+    told = [kind() for name, kind in MODALITIES.items() if args.fov and kind.source in pairs and name not in pairs]
+    for kind in (*kinds.values(), *told):
+        files, more = (kind.name, {}) if kind.name in pairs else (kind.source, {"fov": args.fov})
+        if more:
+            more["source_fields"] = dataclasses.asdict(kinds[files])
+        lines = [
+            {"name": name, "image": str(images / name), files: str(place), **more}
+            for name, place in pairs[files].items()
+        ]
         parts = {
             "train": [line for line in lines if line["name"] not in tested],
             "test": [line for line in lines if line["name"] in tested],
         }
-        _build_pairs(args, kinds[kind], parts, [])
+        _build_pairs(args, kind, parts, [])
     if source:
         _write_objects(args, source, source, tested)
 
@@ -253,6 +262,10 @@ _KINDS = {  # of each: its function, what it prepares, positional arguments, opt
         {
             **{name: ("", f"folder of {name} maps: a/b{_endings(name)} for IMAGES/a/b.jpg") for name in MODALITIES},
             "depth_scale": _DEPTH_SCALE,
+            "fov": (
+                0.0,
+                "the camera's horizontal field of view in degrees: also makes normals of the depth, if none are given",
+            ),
             "first_label": (0, "of semantic maps, whose classes FOLDER/classes.txt names; 1 where 0 is no class"),
             "annotations": ("", "instances JSON (COCO) with file names relative to IMAGES"),
             "test_share": (0.1, "share of the images to evaluate on: whole folders, or runs of consecutive names"),

@@ -9,7 +9,7 @@ from PIL import Image
 from aitok_jax.config import build_dataclass
 from aitok_jax.data.preparation.builder import Example, Line, PreparedBuilder
 from aitok_jax.data.sources import prepared
-from aitok_jax.data.sources.files import DataError, digest, read_file
+from aitok_jax.data.sources.files import DataError, File, digest, read_file
 from aitok_jax.data.sources.pairs import decode_pair
 from aitok_jax.tasks.modalities import MODALITIES
 from aitok_jax.tasks.modalities.depth import Depth
@@ -70,10 +70,19 @@ def builder(modality: str) -> type[PreparedBuilder]:
 
 
 def load_map(line: Line) -> tuple[Example, Line]:
-    """From the paths `image` and, by its name, the map of the `modality` with these `fields`."""
-    name = line["modality"]
-    image, map_ = read_file(line["image"]), read_file(line[name])
-    decode_pair(build_dataclass(MODALITIES[name], line["fields"]), map_, image)
+    """From the paths `image` and, by its name, the map of the `modality` with these `fields`.
+
+    Without the latter, from the map that tells it, whose fields are `source_fields`, and the camera's `fov`.
+    """
+    name, image = line["modality"], read_file(line["image"])
+    modality = build_dataclass(MODALITIES[name], line["fields"])
+    if name in line:
+        map_ = read_file(line[name])
+    else:
+        told = read_file(line[modality.source])
+        source = build_dataclass(MODALITIES[modality.source], line["source_fields"])
+        map_ = File(told.name, modality.derived(decode_pair(source, told, image)[source.name], line["fov"]))
+    decode_pair(modality, map_, image)
     return {"image": image.content, name: map_.content}, {"image": digest(image.content), name: digest(map_.content)}
 
 

@@ -64,6 +64,7 @@ class Modality(abc.ABC):
         suffixes: of files that `read` takes, for the same name as that of `pair`.
         file_fields: keys of a configuration's `data` -> the fields that they set for `read`.
         layouts: of public data sets that are read as they are.
+        source: the modality whose maps tell those of this one, see `derived`; '' for none.
     """
 
     name: ClassVar[str]
@@ -80,6 +81,7 @@ class Modality(abc.ABC):
     writes: ClassVar[tuple[str, ...]] = (".npy", ".png")
     file_fields: ClassVar[Mapping[str, str]] = {}
     layouts: ClassVar[tuple[Layout, ...]] = ()
+    source: ClassVar[str] = ""
 
     @classmethod
     def told(cls, folder: Path) -> dict[str, Any]:
@@ -157,6 +159,10 @@ class Modality(abc.ABC):
     @abc.abstractmethod
     def read(self, content: bytes) -> np.ndarray:
         """A map f32[H,W,...] from a file's bytes; ValueError that says what is wrong with it and the way out."""
+
+    def derived(self, map_: np.ndarray, fov: float) -> bytes:
+        """A file that `read` takes, from a map of `source`; `fov`: the camera's horizontal field of view in degrees."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def write(self, target: str | Path, map_: np.ndarray) -> None:
