@@ -73,6 +73,10 @@ def test_prepared_from_depth(tmp_path):
         Image.fromarray(np.round(depth * 5000).astype(np.uint16)).save(tmp_path / f"depths/{name}.png")
     words = ("folder", tmp_path / "photos", tmp_path / "out", f"--depth={tmp_path / 'depths'}", "--depth_scale=5000")
     assert "--fov=180.0 must be the horizontal field of view in degrees" in fails(*words, "--fov=180")
+    for more in (f"--normals={tmp_path / 'depths'}", "--depth="):
+        assert "give --depth=FOLDER with it, and no --normals" in fails(
+            *words, "--fov=60", f"--semantic={tmp_path}", more
+        )
     command(*words, "--fov=60", "--test_share=0.3")
     for name in ("normals", "depth"):
         data = datasets.build(ConfigDict(common.maps_data(name, str(tmp_path / "out"), 4, "solver")))

@@ -75,6 +75,8 @@ def prepare_folder(args: argparse.Namespace) -> None:
         )
     if args.fov and not 0 < args.fov < 180:
         raise ValueError(f"--fov={args.fov} must be the horizontal field of view in degrees, between 0 and 180")
+    if args.fov and (not args.depth or args.normals):
+        raise ValueError("--fov makes normals of depth; give --depth=FOLDER with it, and no --normals")
     for folder in (args.images, *folders.values()):
         if not paths.expand(folder).is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
@@ -89,15 +91,14 @@ def prepare_folder(args: argparse.Namespace) -> None:
     }
     names = list(dict.fromkeys(itertools.chain(*pairs.values(), source.names if source else ())))
     tested = own.to_evaluate(images, names, args.test_share, args.val)
-    told = [kind() for name, kind in MODALITIES.items() if args.fov and kind.source in pairs and name not in pairs]
-    for kind in (*kinds.values(), *told):
-        files, more = (kind.name, {}) if kind.name in pairs else (kind.source, {"fov": args.fov})
-        if more:
-            more["source_fields"] = dataclasses.asdict(kinds[files])
-        lines = [
-            {"name": name, "image": str(images / name), files: str(place), **more}
-            for name, place in pairs[files].items()
-        ]
+    jobs = [(kind, name, {}) for name, kind in kinds.items()]
+    jobs += [
+        (kind(), kind.source, {"fov": args.fov, "source_fields": dataclasses.asdict(kinds[kind.source])})
+        for name, kind in MODALITIES.items()
+        if args.fov and kind.source in kinds and name not in kinds
+    ]
+    for kind, files, more in jobs:
+        lines = [{"name": n, "image": str(images / n), files: str(path), **more} for n, path in pairs[files].items()]
         parts = {
             "train": [line for line in lines if line["name"] not in tested],
             "test": [line for line in lines if line["name"] in tested],
