@@ -116,6 +116,8 @@ def test_a_known_value():
             "iou_chair": 0,
         }
     )
+    cropped = SEMANTIC.metrics(prediction, truth, np.array([[[True, True, False, False, False, False]]]))["confusion"]
+    np.testing.assert_array_equal(cropped, [np.diag([2, 0, 0, 0])])
     np.testing.assert_array_equal(SEMANTIC.error(prediction, truth)[0, 0, :5], [0, 0, 1, 1, 0])
     assert SEMANTIC.summary(np.float32([0, 0, 1, 1, 0])) == "40.0 % wrong"
 
