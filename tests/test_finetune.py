@@ -95,6 +95,16 @@ def test_weights_without_objects(rooms, tmp_path):
         finetune._task(_saved("depth"), "instances", 64, 3, {})
 
 
+def test_a_tokenizer_of_other_classes_is_trained_anew():
+    saved = _saved("depth")
+    with saved.unlocked():
+        saved.task.parts["semantic"] = {**saved.task.parts.depth, "classes": ["wall", "floor"]}
+    own = [finetune._task(saved, "semantic", 64, 0, {"classes": names}) for names in (("wall", "floor"), ("wall", "x"))]
+    assert [taken_over for _, taken_over in own] == [True, False]
+    assert own[1][0]["parts"]["semantic"]["classes"] == ("wall", "x")
+    assert own[1][0]["parts"]["semantic"]["tokenizer"]["objective"] == "cross_entropy"
+
+
 def _saved(*kinds):
     saved, _ = finetune.checkpoint.load_inference("builtin")
     saved = saved.copy_and_resolve_references()

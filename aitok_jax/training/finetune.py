@@ -134,7 +134,8 @@ def _task(
     shared, parts = source["shared"], source["parts"]
     kinds = {part.setdefault("name", name): part for name, part in parts.items()}
     wanted = tasks.OBJECTS if kind in OBJECTS else kind
-    taken_over = wanted in kinds and all(kinds[wanted].get(name) == value for name, value in fields.items())
+    same = json.loads(json.dumps(fields))  # tuples are lists in a saved configuration
+    taken_over = wanted in kinds and all(kinds[wanted].get(name) == value for name, value in same.items())
     if kind in OBJECTS:
         if not taken_over:
             raise ValueError(f"these weights do {', '.join(kinds)}, and no {kind}; give from= a run of objects")
