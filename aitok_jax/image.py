@@ -206,8 +206,11 @@ def on_canvas(image: np.ndarray, size: int) -> np.ndarray:
     return canvas
 
 
-def save_png(path: str | Path, array: np.ndarray) -> None:
-    """Writes uint8[H,W], uint8[H,W,3] or uint16[H,W] as PNG, making the folder where needed; ValueError otherwise."""
+def save_png(path: str | Path, array: np.ndarray, palette: np.ndarray | None = None) -> None:
+    """Writes uint8[H,W], uint8[H,W,3] or uint16[H,W] as PNG, making the folder where needed; ValueError otherwise.
+
+    With a `palette`, the colours uint8[256,3] of the numbers of uint8[H,W], it is an indexed one.
+    """
     array = np.asarray(array)
     rgb = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
     grey = array.ndim == 2 and array.dtype in (np.uint8, np.uint16)
@@ -215,8 +218,11 @@ def save_png(path: str | Path, array: np.ndarray) -> None:
         raise ValueError(
             f"PNG needs uint8 [H, W], uint8 [H, W, 3] or uint16 [H, W], got {array.dtype} {array.shape}; convert first"
         )
+    picture = Image.fromarray(array)
+    if palette is not None:
+        picture.putpalette(palette.tobytes())
     with paths.writing(path) as file:
-        Image.fromarray(array).save(file, format="PNG")
+        picture.save(file, format="PNG")
 
 
 def save_npy(path: str | Path, array: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from aitok_jax.paths import shown
 from aitok_jax.tasks.modalities import Modality
@@ -32,8 +32,8 @@ def map_panel(
 ) -> np.ndarray:
     """One row of labelled pictures: image, truth, prediction, error, confidence.
 
-    Truth and prediction are drawn as the modality says; pixels without annotation are grey. The RMSE above the error is
-    over all annotated pixels, without crop.
+    Truth and prediction are drawn as the modality says; pixels without annotation are grey. What is said above the
+    error is of all annotated pixels, without crop.
 
     Args:
         modality: of the maps.
@@ -54,7 +54,8 @@ def map_panel(
         if map_ is not None and np.shape(map_)[:2] != image.shape[:2]:
             raise ValueError(f"{name} must have the size of the image, {image.shape[:2]}, got {np.shape(map_)}")
     tiles = [("image", image, {}, "")]
-    tiles += [(name, *tile) for name, tile in zip(maps, modality.tiles(list(maps.values())), strict=True)]
+    for name, tile in zip(maps, modality.tiles(list(maps.values())), strict=True):
+        tiles.append((name, *tile[:3], functools.partial(_name_colors, tile.names)))
     if truth is not None:
         tiles.append(_error_tile(modality, maps["prediction"], maps["ground truth"]))
     if confidence is not None:
@@ -63,12 +64,20 @@ def map_panel(
     return _draw(tiles, title, aspect=image.shape[0] / image.shape[1])
 
 
+def _name_colors(names: Mapping[str, Sequence[int]], axes) -> None:
+    if names:
+        patches = [Patch(color=np.asarray(color) / 255, label=shown(name)) for name, color in names.items()]
+        style = {"loc": "upper left", "bbox_to_anchor": (0, -0.01), "ncols": 3, "fontsize": 7, "frameon": False}
+        for text in axes.legend(handles=patches, handlelength=1, columnspacing=1, **style).get_texts():
+            text.set_parse_math(False)
+
+
 def _error_tile(modality: Modality, prediction: np.ndarray, truth: np.ndarray) -> tuple:
     error = np.where(modality.valid(truth), modality.error(prediction, truth), np.nan)
     finite = error[np.isfinite(error)]
-    rms = f"RMSE {np.sqrt(np.mean(np.square(finite))):.2f} {modality.unit}" if finite.size else "no annotation"
+    said = modality.summary(finite) if finite.size else "no annotation"
     style = {"cmap": ERROR_COLORS, "vmin": 0.0, "vmax": color_range(finite)[1]}
-    return f"error ({rms})", error, style, f"|error| [{modality.unit}]"
+    return f"error ({said})", error, style, f"|error| [{modality.unit}]"
 
 
 def objects_panel(

@@ -106,6 +106,7 @@ def maps_data(modality: str, root: str, size: int, recipe: str, **fields: Any) -
     own |= {"modality": modality, "size": size, "recipe": recipe, "columns": (), "color": False, "cutdepth": "off"}
     own["fit"] = "crop"  # or scale: frames of any size are brought to the model's scale first
     own["depth_scale"] = 0.0  # values a metre in depth files; 0: 1000 of whole numbers, 1 of floats
+    own["first_label"] = 0  # the number of the first class in semantic maps; 1 where 0 is none, as in ADE20K
     return data("nyu", root, **{**own, **fields})
 
 

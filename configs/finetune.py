@@ -3,7 +3,7 @@
     python -m aitok_jax.main --config=configs/finetune.py:depth --workdir=runs/mine --config.data.root=my_frames
     python -m aitok_jax.main --config=configs/finetune.py:instances --workdir=runs/mine --config.data.root=my_photos
 
-Arguments: what to predict (depth, normals, or another dense map; instances, detection), then, for example
+Arguments: what to predict (depth, normals, semantic, or another dense map; instances, detection), then, for example
 `configs/finetune.py:depth,size=128`:
     from=builtin    or a run directory of a solver, or converted published weights
     size=0          side of the images that the model sees, in pixels; 0: that of the weights
@@ -38,6 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "val": "",  # folder in root to evaluate on; root/train.txt and val.txt may list names
                 "share": 0.15,  # of the images to evaluate on, where nothing else says it
                 "depth_scale": 0.0,  # values a metre in depth files; 0: 1000 of whole numbers, 1 of floats
+                "first_label": 0,  # of semantic maps, whose classes classes.txt names; 1 where 0 is none, as in ADE20K
                 "on_error": "raise",  # or skip
             },
             "steps": 0,  # of each stage; 0: what suits the amount of data

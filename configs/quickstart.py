@@ -3,8 +3,8 @@
     python -m aitok_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Arguments: `configs/quickstart.py:parallel` (depth alone, all tokens in one pass; objects need steps), `:normals`
-(surface normals alone), `:soft=false` (none of the three soft-token uses), `:long` (more scenes and steps, for better
-weights), `:smoke` (a few steps of everything, for tests).
+(surface normals alone), `:semantic` (the classes of pixels alone), `:soft=false` (none of the three soft-token uses),
+`:long` (more scenes and steps, for better weights), `:smoke` (a few steps of everything, for tests).
 
 WORKDIR/metrics.json then holds depth/… and instances/… (soft decoding), depth_hard/… and instances_hard/… (the same
 weights, hard decoding), baseline/… (the mean map of the training set), tokenizer/… and mask_tokenizer/… (tokenize and
@@ -14,6 +14,7 @@ detokenize the truth).
 from ml_collections import ConfigDict
 
 from aitok_jax.config import ordered, parse_arg
+from aitok_jax.scenes.render import LABELS
 from configs import common
 
 SIZE = 64  # pixels, of images and maps
@@ -31,6 +32,7 @@ DEPTH_TOKENIZER = {
     "restart_threshold": 0.1,
 }
 NORMALS_TOKENIZER = DEPTH_TOKENIZER | {"objective": "mse_annotated", "soft_temperature": 1.0}
+SEMANTIC_TOKENIZER = NORMALS_TOKENIZER | {"objective": "cross_entropy", "downsample": 8}  # things are small
 MASK_TOKENIZER = DEPTH_TOKENIZER | {
     "hidden": 8,
     "downsample": 8,
@@ -39,6 +41,7 @@ MASK_TOKENIZER = DEPTH_TOKENIZER | {
     "max_value": 1.0,
     "soft_temperature": 1.0,
 }
+ALONE = {"normals": (NORMALS_TOKENIZER, {}), "semantic": (SEMANTIC_TOKENIZER, {"classes": LABELS})}
 TOKENS = OBJECTS * (5 + (CROP // MASK_TOKENIZER["downsample"]) ** 2)  # of an image's objects; its maps have fewer
 QUICK = {"scenes": 9000, "test_scenes": 300, "eval_batch_size": 64, "log_every": 50}
 QUICK |= {
@@ -47,11 +50,12 @@ QUICK |= {
     "joint": 6000,
     "depth": 5000,
     "normals": 5000,
+    "semantic": 5000,
 }  # steps of the stages
 LONG = QUICK | {"scenes": 24000, "tokenizer": 4000, "mask_tokenizer": 4000}
-LONG |= {"joint": 18000, "depth": 15000, "normals": 15000}
+LONG |= {"joint": 18000, "depth": 15000, "normals": 15000, "semantic": 15000}
 SMOKE = {"scenes": 96, "test_scenes": 16, "eval_batch_size": 16, "log_every": 4}
-SMOKE |= dict.fromkeys(("tokenizer", "mask_tokenizer", "joint", "depth", "normals"), 8)
+SMOKE |= dict.fromkeys(("tokenizer", "mask_tokenizer", "joint", "depth", "normals", "semantic"), 8)
 
 
 def rendered(budget: dict) -> dict:
@@ -152,14 +156,15 @@ def instance_fields() -> dict:
     }
 
 
-def map_tokenizer(modality: str, tokenizer: dict, budget: dict) -> dict:
-    task = {"name": f"{modality}_tokenizer", "image_size": SIZE, "mask_ratio": 0.0, "tokenizer": tokenizer}
+def map_tokenizer(modality: str, tokenizer: dict, budget: dict, **fields) -> dict:
+    """`fields` are the modality's."""
+    task = {"name": f"{modality}_tokenizer", "image_size": SIZE, "mask_ratio": 0.0, "tokenizer": tokenizer, **fields}
     return stage("tokenizer", task, map_data(modality, "tokenizer", budget), 16, budget)
 
 
-def map_solver(modality: str, tokenizer: dict, parallel: bool, budget: dict) -> dict:
-    """One modality alone."""
-    task = {"name": modality, **shared_fields(parallel), **map_fields(tokenizer, parallel)}
+def map_solver(modality: str, tokenizer: dict, parallel: bool, budget: dict, **fields) -> dict:
+    """One modality alone; `fields` are the modality's."""
+    task = {"name": modality, **shared_fields(parallel), **map_fields(tokenizer, parallel), **fields}
     return stage(
         modality,
         task,
@@ -200,11 +205,17 @@ def without_soft_tokens(solver: dict) -> dict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, parallel=False, normals=False, soft=True, long=False, smoke=False)
+    flags = dict.fromkeys(("parallel", *ALONE), False)
+    arg = parse_arg(arg, **flags, soft=True, long=False, smoke=False)
     budget = SMOKE if arg.smoke else LONG if arg.long else QUICK
-    if arg.normals:
-        stages = {"tokenizer": map_tokenizer("normals", NORMALS_TOKENIZER, budget)}
-        stages["normals"] = map_solver("normals", NORMALS_TOKENIZER, arg.parallel, budget)
+    chosen = [name for name in ALONE if arg[name]]
+    if len(chosen) > 1:
+        raise ValueError(f"config arguments {' and '.join(chosen)}: each is a model alone; give one")
+    if chosen:
+        (name,) = chosen
+        tokenizer, fields = ALONE[name]
+        stages = {"tokenizer": map_tokenizer(name, tokenizer, budget, **fields)}
+        stages[name] = map_solver(name, tokenizer, arg.parallel, budget, **fields)
     elif arg.parallel:
         stages = {"tokenizer": map_tokenizer("depth", DEPTH_TOKENIZER, budget)}
         stages["depth"] = map_solver("depth", DEPTH_TOKENIZER, True, budget)

@@ -15,19 +15,22 @@ from aitok_jax.training import accumulate
 REAL, DEVICES = (3, 5), 8  # examples of the first part and, in joint tasks, of the second
 MAPS = {"image_size": 16, "mask_ratio": 0.5, "mask_patch": 4}
 DEPTH = {"image_size": tiny.SIZE, "tokenizer": tiny_maps.TOKENIZER, "memory_weight": 0.5, "input_noise": 0.3}
-CODES = [["mask", tiny.CODES], ["depth", tiny_maps.K], ["normals", tiny_maps.K]]
+CODES = [["mask", tiny.CODES], *([name, tiny_maps.K] for name in ("depth", "normals", "semantic"))]
 TRANSFORMER = tiny.SHARED["transformer"] | {"num_tasks": 4}
 SHARED = tiny.SHARED | {"transformer": TRANSFORMER, "vocabulary": tiny.VOCABULARY | {"codes": CODES}}
+CLASSES = {"classes": ("wall", "floor", "chair")}
 SOLVERS = {
     "joint": {"depth": DEPTH, "instances": tiny.OWN | {"memory_weight": 0.5}},
     "depth": {"depth": DEPTH},
     "normals": {"normals": DEPTH | {"memory_weight": 0.0}},
+    "semantic": {"semantic": DEPTH | {"memory_weight": 0.5, **CLASSES}},
     "detection": {"instances": tiny.OWN | {"tokenizer": None, "memory_weight": 0.5}},
 }
-TOKENIZERS = {objective: ("depth", {"objective": objective}) for objective in losses.RECONSTRUCTION}
+TOKENIZERS = {name: ("depth", {"objective": name}) for name in losses.RECONSTRUCTION if name != "cross_entropy"}
 TOKENIZERS |= {
     "restarts": ("depth", {"restart_threshold": 3.0}),
     "normals tokenizer": ("normals", {}),
+    "semantic tokenizer": ("semantic", {}),
     "mask tokenizer": ("mask", tiny.MASK_TOKENIZER),
 }
 
@@ -38,7 +41,7 @@ def solver(parts):
 
 def tokenizer(kind, fields):
     own = {"image_size": 16} if kind == "mask" else MAPS
-    own = own | {"tokenizer": tiny_maps.TOKENIZER | fields}
+    own = own | {"tokenizer": tiny_maps.TOKENIZER | fields} | (CLASSES if kind == "semantic" else {})
     return tasks.build({"name": "tokenizer", "parts": {kind: own}})
 
 
@@ -57,6 +60,7 @@ def rows(task, part, count):
     maps = {
         "depth": depth,
         "normals": np.where(holes[..., None], 0, normals / np.linalg.norm(normals, axis=-1, keepdims=True)),
+        "semantic": np.where(holes, 255, rng.integers(0, 3, depth.shape)),
         "mask": rng.random((count, size, 1)) < rng.random((count, 1, size)),
     }
     image = rng.random((count, size, size, 3), np.float32)

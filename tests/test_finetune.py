@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory):
-    """Frames with depth, normals and objects."""
+    """Frames with depth, normals, classes and objects."""
     folder = tmp_path_factory.mktemp("rooms")
     scenes.ensure(folder, train=12, test=4, height=60, width=80, seed=5, workers=2, format="both")
     return folder
@@ -41,6 +41,7 @@ def planned(task, root, workdir, **changes):
         ("depth", ["depth"]),
         ("depth,size=128", ["depth"]),
         ("normals", ["tokenizer", "normals"]),
+        ("semantic", ["tokenizer", "semantic"]),
         ("instances", ["instances"]),
         ("detection", ["detection"]),
     ],
@@ -109,7 +110,17 @@ def test_what_to_predict_must_be_said():
 
 def test_weights_without_objects(rooms, tmp_path):
     with pytest.raises(ValueError, match="these weights do depth, and no instances"):
-        finetune._task(_saved("depth"), "instances", 64, 3)
+        finetune._task(_saved("depth"), "instances", 64, 3, {})
+
+
+def test_a_tokenizer_of_other_classes_is_trained_anew():
+    saved = _saved("depth")
+    with saved.unlocked():
+        saved.task.parts["semantic"] = {**saved.task.parts.depth, "classes": ["wall", "floor"]}
+    own = [finetune._task(saved, "semantic", 64, 0, {"classes": names}) for names in (("wall", "floor"), ("wall", "x"))]
+    assert [taken_over for _, taken_over in own] == [True, False]
+    assert own[1][0]["parts"]["semantic"]["classes"] == ("wall", "x")
+    assert own[1][0]["parts"]["semantic"]["tokenizer"]["objective"] == "cross_entropy"
 
 
 def _saved(*kinds):

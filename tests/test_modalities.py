@@ -10,7 +10,7 @@ from PIL import Image
 from aitok_jax.data import scenes
 from aitok_jax.scenes.raycast import FOCAL
 from aitok_jax.scenes.render import render
-from aitok_jax.tasks.modalities import MODALITIES, Depth, Normals
+from aitok_jax.tasks.modalities import MODALITIES, Depth, Normals, Semantic
 
 DEPTH, NORMALS = Depth(), Normals()
 HALF, THIRD = np.sqrt(0.5), np.sqrt(1 / 3)
@@ -23,17 +23,20 @@ def normals(*vectors):
 
 def test_every_modality_has_a_place_of_its_own():
     """Rows of the solver's tables, where 0 and 1 are those of objects, and names of files."""
-    assert [kind().name for kind in MODALITIES.values()] == list(MODALITIES)
+    assert [kind.name for kind in MODALITIES.values()] == list(MODALITIES)
     task_ids = [kind.task_id for kind in MODALITIES.values()]
     assert len({0, 1, *task_ids}) == 2 + len(MODALITIES)
     assert len({kind.pair for kind in MODALITIES.values()}) == len(MODALITIES)
     for kind in MODALITIES.values():
-        map_ = np.ones((2, 4, 5, *kind.map_axes), np.float32)
-        seen = kind().encode(map_)
-        assert seen.shape == (2, 4, 5, kind.channels)
-        assert kind().finish(jnp.asarray(seen)).shape == map_.shape
-        assert kind().valid(map_).shape == kind().measured(map_).shape == (2, 4, 5)
-        assert set(kind().metrics(map_, map_, kind().valid(map_))) >= {kind.headline[0]}
+        own = kind(**({"classes": ("a", "b")} if kind is Semantic else {}))
+        map_ = np.ones((2, 4, 5, *own.map_axes), np.float32)
+        seen = own.encode(map_)
+        assert seen.shape == (2, 4, 5, own.channels)
+        assert own.finish(jnp.asarray(seen)).shape == map_.shape
+        assert own.valid(map_).shape == own.measured(map_).shape == (2, 4, 5)
+        assert not np.any(own.valid(np.full_like(map_, own.missing)))
+        means = {name: np.mean(column, 0) for name, column in own.metrics(map_, map_, own.valid(map_)).items()}
+        assert set(own.overall(means)) >= {own.headline[0]}
 
 
 def test_depth_for_the_vqvae():

@@ -189,7 +189,7 @@ def test_what_is_said_of_a_wrong_one(name, given, message):
         overridden(load(*name.split(":")), given)
 
 
-@pytest.mark.parametrize("arg", ["", ",parallel", ",normals"])
+@pytest.mark.parametrize("arg", ["", ",parallel", ",normals", ",semantic"])
 def test_the_quickstart_without_soft_tokens(arg):
     *_, solver = load("quickstart", f"soft=false{arg}").stages.values()
     parts = tasks.build(solver.task).parts

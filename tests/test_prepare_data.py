@@ -180,7 +180,9 @@ def test_own_folder(tmp_path):
     assert parts[1].names == data.eval.names
     assert (data.train.names, parts[0].names) == (names[:2], names[:3])  # the third has no objects
     assert parts[0].read(0)["depth"][3, 4] == 1.5
-    assert "give --depth=FOLDER, --annotations=JSON, or both" in fails("folder", images, tmp_path / "no")
+    assert "give --depth=FOLDER or that of other maps, --annotations=JSON, or both" in fails(
+        "folder", images, tmp_path / "no"
+    )
     assert "must be between 0 and 1" in fails("folder", images, tmp_path / "no", *given, "--test_share=1")
     (depth / names[0]).with_suffix(".png").unlink()
     assert f"{Path(names[0]).stem}.png: missing file" in fails(

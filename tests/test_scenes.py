@@ -62,7 +62,7 @@ def _world(solids=(), light=(2.0, 1.0, 2.8)) -> World:
         faces=np.zeros(6, int),
         solids=Solids(np.array(kind, int), *(np.array(a, np.float32) for a in (center, half, yaw))),
         solid_object=np.arange(len(kind)),
-        solid_material=np.zeros(len(kind), int),
+        **dict.fromkeys(("solid_face", "solid_material"), np.zeros(len(kind), int)),
         materials=np.array([Material((0.5, 0.5, 0.5), grain=0).row()], np.float32),
         lights=np.array([[*light, 5, 5, 5]], np.float32),
         ambient=np.full(3, 0.1, np.float32),

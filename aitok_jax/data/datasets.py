@@ -9,12 +9,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from aitok_jax import paths
-from aitok_jax.config import check_given, unknown
+from aitok_jax.config import check_given, field_types, unknown
 from aitok_jax.data import map_transforms, object_transforms
 from aitok_jax.data.pipeline import Source, Transform
 from aitok_jax.data.sources import coco, mixture, nyu, prepared
 from aitok_jax.data.sources.files import DataError
-from aitok_jax.tasks.modalities import MODALITIES
+from aitok_jax.tasks.modalities import MODALITIES, Modality
 
 RECIPES, FITS = ("tokenizer", "solver"), ("crop", "scale")
 _COMMON = dict.fromkeys(("name", "root", "on_error", "also_root"), str)
@@ -23,7 +23,9 @@ _COMMON["render"] = {**dict.fromkeys(("train", "test", "height", "width", "seed"
 _MAPS = dict.fromkeys(
     ("modality", "train_list", "test_list", "train_subfolder", "test_subfolder", "recipe", "fit"), str
 )
-_MAPS |= {"depth_scale": float, "size": int, "columns": tuple[int, ...], "color": bool, "cutdepth": str}
+_MAPS |= {"size": int, "columns": tuple[int, ...], "color": bool, "cutdepth": str}
+_FILE_FIELDS = {key: name for name, modality in MODALITIES.items() for key in modality.file_fields}
+_MAPS |= {key: field_types(MODALITIES[name])[MODALITIES[name].file_fields[key]] for key, name in _FILE_FIELDS.items()}
 _OBJECTS = dict.fromkeys(("train_images", "test_images", "train_annotations", "test_annotations", "order"), str)
 _OBJECTS |= {"mask_size": int, "size": int, "num_objects": int, "jitter": tuple[float, float]}
 KEYS = {"nyu": _COMMON | _MAPS, "coco": _COMMON | _OBJECTS}
@@ -50,14 +52,16 @@ class Data:
         return {"train": self.train.fingerprint(), "eval": self.eval.fingerprint()}
 
 
-def build(config: Any) -> Data:
+def build(config: Any, modality: Modality | None = None) -> Data:
     """Sources and transforms of a run from `config.data`.
+
+    `modality` is what the model takes the maps for; None is one with the default fields.
 
     Keys of all: name, root, on_error, cache, expected_train, expected_test (examples; 0 = any), render ({} or the
     arguments of `scenes.ensure`: train, test, height, width, seed, format); also_root and also_count: that many
     training examples of every batch are of the data there, laid out in the same way, 0 = none.
-    'nyu': modality (which maps), depth_scale (values a metre in depth files; 0: 1000 of whole numbers, 1 of floats),
-    train_list, test_list ('' = look through the folder), train_subfolder,
+    'nyu': modality (which maps), what its `file_fields` has, such as depth_scale (values a metre in depth files; 0:
+    1000 of whole numbers, 1 of floats), train_list, test_list ('' = look through the folder), train_subfolder,
     test_subfolder, size (crop side), fit (what is done first: 'crop' nothing, as published, where frames must have the
     model's short side; 'scale' brings frames of any size to it, as prediction does), recipe ('tokenizer' | 'solver'),
     columns, color, cutdepth.
@@ -69,7 +73,7 @@ def build(config: Any) -> Data:
     read, with the same batches as from the raw folders; folders and JSONs were chosen in preparing and are not looked
     at, and lists or render are an error.
     """
-    builders = {"nyu": _nyu, "coco": _coco, "coco_masks": _coco_masks}
+    builders = {"nyu": functools.partial(_nyu, modality), "coco": _coco, "coco_masks": _coco_masks}
     check_given("config.data", config, ["name"])
     if config.name not in builders:
         raise ValueError(
@@ -93,21 +97,24 @@ def build(config: Any) -> Data:
 def _check_complete(config: Any) -> None:
     """ValueError for a missing key; what the kind of data, or prepared data, leaves unused may be missing."""
     check_given("config.data", config, ["root", *(("modality", "recipe") if config.name == "nyu" else ())])
-    unused = _UNUSED.get(config.recipe if config.name == "nyu" else config.name, ())
+    unused = [*_UNUSED.get(config.recipe if config.name == "nyu" else config.name, ())]
+    unused += [key for key, modality in _FILE_FIELDS.items() if config.name == "nyu" and modality != config.modality]
     of_folders = ("train_", "test_", "render") if _prepared(config) else ()
     check_given("config.data", config, [key for key in KEYS[config.name] if not key.startswith((*unused, *of_folders))])
     if not of_folders and config.render:
         check_given("config.data.render", config.render, ("train", "test", "height", "width"))
 
 
-def _nyu(config: Any) -> Data:
+def _nyu(described: Modality | None, config: Any) -> Data:
     if config.recipe not in RECIPES:
         raise ValueError(f"data.recipe={config.recipe!r} must be one of {RECIPES}")
     if config.modality not in MODALITIES:
         raise ValueError(f"data.modality: {unknown(config.modality, MODALITIES)}")
     if config.fit not in FITS:
         raise ValueError(f"data.fit={config.fit!r} must be one of {FITS}")
-    modality = MODALITIES[config.modality](**_file_options(config))
+    options = _file_options(config)
+    same = isinstance(described, MODALITIES[config.modality])
+    modality = dataclasses.replace(described, **options) if same else MODALITIES[config.modality](**options)
     if config.recipe == "tokenizer":
         train_transform = map_transforms.tokenizer_train(modality, config.size, tuple(config.columns))
     else:
@@ -118,6 +125,7 @@ def _nyu(config: Any) -> Data:
     options = {"on_error": config.on_error, "cache": config.cache, "scale": scale}
     if folder := _prepared(config):
         train, test = prepared.nyu_sources(folder, train_images=train_images, counts=counts, **options)
+        _check_same(folder, train.modality, modality)
         return Data(train, test, train_transform, eval_transform)
     _render(config)
     source = functools.partial(nyu.NyuSource, modality, config.root, **options)
@@ -128,17 +136,25 @@ def _nyu(config: Any) -> Data:
     return Data(train, test, train_transform, eval_transform)
 
 
-def _file_options(config: Any) -> dict[str, float]:
-    scale = config.depth_scale
-    if scale and config.modality != "depth":
-        raise ValueError(
-            f"data.depth_scale={scale} is for depth, not for data.modality={config.modality!r}; set it to 0"
-        )
-    if scale < 0:
-        raise ValueError(
-            f"data.depth_scale={scale}, the values a metre in depth files, must be above 0; 0 takes millimetres"
-        )
-    return {"file_scale": scale} if scale else {}
+def _check_same(folder: Path, found: Modality, wanted: Modality) -> None:
+    """DataError where the data says fields of its maps that are others than the model's."""
+    for name in prepared.told_fields(folder):
+        if (theirs := getattr(found, name)) != (ours := getattr(wanted, name)):
+            raise DataError(f"{folder} has {name}={theirs!r:.200}, but the model {ours!r:.200}; give both the same")
+
+
+def _file_options(config: Any) -> dict[str, Any]:
+    """The fields of the modality that are set; 0 is not set."""
+    found, own = {}, MODALITIES[config.modality].file_fields
+    for key, name in _FILE_FIELDS.items():
+        if key not in config or not (value := config[key]):
+            continue
+        if key not in own:
+            raise ValueError(
+                f"data.{key}={value} is for {name}, not for data.modality={config.modality!r}; set it to 0"
+            )
+        found[own[key]] = value
+    return found
 
 
 def _coco(config: Any) -> Data:
@@ -188,7 +204,8 @@ def _coco_sources(
 def _prepared(config: Any) -> Path | None:
     """The folder of prepared data, where root has some."""
     folder = _find(config, config.root)
-    chosen = [key for key in ("train_list", "test_list", "render", "depth_scale") if key in config] if folder else []
+    keys = ("train_list", "test_list", "render", *_FILE_FIELDS)
+    chosen = [key for key in keys if key in config] if folder else []
     for key in chosen:
         if config[key]:
             raise ValueError(
@@ -199,10 +216,8 @@ def _prepared(config: Any) -> Path | None:
 
 
 def _find(config: Any, root: str) -> Path | None:
-    """Prepared data of the configuration's kind; of maps, those of one modality can be."""
-    if config.name == "nyu" and config.modality != prepared.MODALITY.name:
-        return None
-    return prepared.find(paths.expand(root), "nyu" if config.name == "nyu" else "coco")
+    """Prepared data of the configuration's kind."""
+    return prepared.find(paths.expand(root), prepared.kind_of(config.modality) if config.name == "nyu" else "coco")
 
 
 def _render(config: Any, **defaults: Any) -> None:

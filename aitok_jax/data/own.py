@@ -16,6 +16,7 @@ from aitok_jax.data.sources import coco, prepared
 from aitok_jax.data.sources.files import READ_ERRORS, DataError, read_file
 from aitok_jax.data.sources.pairs import decode_pair
 from aitok_jax.tasks.modalities import MODALITIES, Modality
+from aitok_jax.tasks.modalities.modality import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Found:
       data: what `datasets.build` reads it by: root, and lists or JSONs.
       train, val: how many images.
       categories: names of the classes of objects.
+      fields: of the modality, that the folder tells.
     """
 
     data: Mapping[str, Any]
     train: int
     val: int
     categories: Sequence[str] = ()
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def find_maps(
@@ -47,25 +50,33 @@ def find_maps(
 ) -> Found:
     """Images with maps of a modality, all read once and divided; the lists are written into the folder `lists`.
 
-    They are prepared data; or pairs in the layout of NYUv2; or images with maps of the same names, which are in the
-    folder `maps`, or in ROOT/MODALITY beside ROOT/images, or beside the images. `options` are the modality's.
+    They are prepared data; or in the layout of NYUv2, or of a public data set that the modality knows; or images with
+    maps of the same names, which are in the folder `maps`, or in ROOT/MODALITY beside ROOT/images, or beside the
+    images. `options` are the modality's, before what the folder tells.
 
     Raises:
       FileNotFoundError: no such folder; DataError: no pairs in it, or broken ones, which on_error='skip' leaves out.
     """
     folder = _folder(root)
-    if modality == prepared.MODALITY.name and (place := prepared.find(folder, "nyu")):
+    if place := prepared.find(folder, prepared.kind_of(modality)):
         train, test = prepared.nyu_sources(place, train_images=False, counts=(0, 0))
-        return Found({"root": str(place), "test_subfolder": ""}, len(train), len(test))
-    kind = MODALITIES[modality](**options)
+        fields = {name: getattr(train.modality, name) for name in prepared.told_fields(place)}
+        return Found({"root": str(place), "test_subfolder": ""}, len(train), len(test), fields=fields)
+    layout = None if maps else _layout(modality, folder)
+    told = {**(layout.fields if layout else {}), **MODALITIES[modality].told(folder)}
+    kind = MODALITIES[modality](**{**told, **options})
     images = folder / "images" if (folder / "images").is_dir() and not maps else folder
     other = paths.expand(maps) if maps else folder / modality if images != folder else folder
+    if layout:
+        images, other = folder / layout.images, folder / layout.maps
+        val = val or layout.val
     if maps and not other.is_absolute() and not other.is_dir():
         other = folder / maps
     if not other.is_dir():
         raise FileNotFoundError(f"{other}: no such folder of {modality} maps; give it by --config.data.maps")
     pairs = _nyu_names(kind, images) if other == images else {}
-    pairs = pairs or {name: path for name, path in same_names(kind, images, other).items() if path.is_file()}
+    endings = layout.endings if layout else ("", "")
+    pairs = pairs or {name: path for name, path in same_names(kind, images, other, endings).items() if path.is_file()}
     if not pairs:
         raise DataError(
             f"{folder}: no image with a {modality} map; expected are {kind.pair.format('NAME')} beside rgb_NAME.jpg, "
@@ -81,7 +92,9 @@ def find_maps(
     for part, lines in parts.items():
         paths.write_text(lists / f"{part}.txt", "\n".join(lines) + "\n")
     data = {"root": str(images), "train_list": str(lists / "train.txt"), "test_list": str(lists / "val.txt")}
-    return Found(data | {"test_subfolder": ""}, len(parts["train"]), len(parts["val"]))
+    data |= {"test_subfolder": "", **{key: getattr(kind, field) for key, field in kind.file_fields.items()}}
+    fields = {name: value for name, value in told.items() if name not in kind.file_fields.values()}
+    return Found(data, len(parts["train"]), len(parts["val"]), fields=fields)
 
 
 def find_objects(
@@ -137,15 +150,22 @@ def to_evaluate(images: Path, names: Sequence[str], share: float, val: str = "")
     return chosen
 
 
-def same_names(modality: Modality, images: Path, maps: Path) -> dict[str, Path]:
-    """The map of every image, by the image's name; it has the same name in the other folder, or none and is missing."""
+def same_names(modality: Modality, images: Path, maps: Path, endings: tuple[str, str] = ("", "")) -> dict[str, Path]:
+    """The map of every image, by the image's name; it has the same name in the other folder, or none and is missing.
+
+    But for `endings`, of the image's name without suffix and of the map's; names of other endings are passed over.
+    """
     found, others = paths.find(images, paths.IMAGE_SUFFIXES)
     at_maps, more = paths.find(maps, modality.suffixes)
+    found, at_maps = (
+        [p for p in each if p.stem.endswith(e)] for each, e in zip((found, at_maps), endings, strict=True)
+    )
     companions = paths.Companions([*at_maps, *more], modality.suffixes)
     pairs, used = {}, set()
     for path in found:
         name = path.relative_to(images)
-        expected = (maps / name).with_suffix(modality.suffixes[0])
+        stem = name.stem.removesuffix(endings[0]) + endings[1]
+        expected = maps / name.with_name(stem + modality.suffixes[0])
         map_path = companions.of(expected) or expected
         if map_path == path or (maps != images and path.is_relative_to(maps)):  # it is a map itself
             continue
@@ -176,6 +196,14 @@ def _drop_broken(modality: Modality, images: Path, pairs: dict[str, Path], on_er
     logging.warning("left out %s: %s", paths.listed(broken), said)
     for name in broken:
         del pairs[name]
+
+
+def _layout(modality: str, folder: Path) -> Layout | None:
+    """That of the public data set in a folder, if it is one: both have the folder that is evaluated on."""
+    for layout in MODALITIES[modality].layouts:
+        if all((folder / name / layout.val).is_dir() for name in (layout.images, layout.maps)):
+            return layout
+    return None
 
 
 def _nyu_names(modality: Modality, folder: Path) -> dict[str, Path]:

@@ -3,7 +3,7 @@
     python -m aitok_jax.data.prepare nyu data/nyu OUT
     python -m aitok_jax.data.prepare coco data/coco OUT
     python -m aitok_jax.data.prepare scenes OUT --train=6000 --test=400
-    python -m aitok_jax.data.prepare folder photos OUT --depth=depth --annotations=instances.json
+    python -m aitok_jax.data.prepare folder photos OUT --depth=depth --semantic=labels --annotations=instances.json
 
 The result is read where `data.root` is OUT. Files are stored as they are. `--beam` runs it with Apache Beam (install
 ".[prepare]"), on this machine or, with --beam_pipeline_options, on any runner whose workers see the folders under the
@@ -12,7 +12,9 @@ same paths.
 
 import argparse
 import collections
+import dataclasses
 import functools
+import itertools
 import os
 import shutil
 import sys
@@ -25,6 +27,7 @@ from aitok_jax import paths
 from aitok_jax.data import own
 from aitok_jax.data.sources import coco, nyu
 from aitok_jax.data.sources.files import DataError
+from aitok_jax.tasks.modalities import MODALITIES, Modality
 from aitok_jax.tasks.modalities.depth import Depth
 
 COCO_COUNTS = 118287, 5000  # images of train2017 and val2017
@@ -64,33 +67,52 @@ def prepare_scenes(args: argparse.Namespace) -> None:
 
 
 def prepare_folder(args: argparse.Namespace) -> None:
-    """Images with depth maps of the same names, an instances JSON, or both; see `own.to_evaluate` for the split."""
-    if not args.depth and not args.annotations:
-        raise ValueError("give --depth=FOLDER, --annotations=JSON, or both; images alone train nothing")
-    for folder in filter(None, (args.images, args.depth)):
+    """Images with maps of the same names, an instances JSON, or both; see `own.to_evaluate` for the split."""
+    folders = {name: getattr(args, name) for name in MODALITIES if getattr(args, name)}
+    if not folders and not args.annotations:
+        raise ValueError(
+            "give --depth=FOLDER or that of other maps, --annotations=JSON, or both; images alone train nothing"
+        )
+    if args.fov and not 0 < args.fov < 180:
+        raise ValueError(f"--fov={args.fov} must be the horizontal field of view in degrees, between 0 and 180")
+    if args.fov and (not args.depth or args.normals):
+        raise ValueError("--fov makes normals of depth; give --depth=FOLDER with it, and no --normals")
+    for folder in (args.images, *folders.values()):
         if not paths.expand(folder).is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
     annotations = paths.expand(args.annotations) if args.annotations else None
     source = coco.CocoSource(paths.expand(args.images), annotations, on_error="skip") if annotations else None
 
     images = paths.absolute(paths.expand(args.images))
-    pairs = own.same_names(Depth(), images, paths.absolute(paths.expand(args.depth))) if args.depth else {}
-    names = [*pairs, *(name for name in source.names if name not in pairs)] if source else list(pairs)
+    kinds = {name: _modality(args, name, paths.expand(folder)) for name, folder in folders.items()}
+    pairs = {
+        name: own.same_names(kinds[name], images, paths.absolute(paths.expand(folder)))
+        for name, folder in folders.items()
+    }
+    names = list(dict.fromkeys(itertools.chain(*pairs.values(), source.names if source else ())))
     tested = own.to_evaluate(images, names, args.test_share, args.val)
-    if args.depth:
-        lines = [
-            {"name": name, "image": str(images / name), "depth": str(map_path)} for name, map_path in pairs.items()
-        ]
-        _build_pairs(
-            args,
-            {
-                "train": [line for line in lines if line["name"] not in tested],
-                "test": [line for line in lines if line["name"] in tested],
-            },
-            [],
-        )
+    jobs = [(kind, name, {}) for name, kind in kinds.items()]
+    jobs += [
+        (kind(), kind.source, {"fov": args.fov, "source_fields": dataclasses.asdict(kinds[kind.source])})
+        for name, kind in MODALITIES.items()
+        if args.fov and kind.source in kinds and name not in kinds
+    ]
+    for kind, files, more in jobs:
+        lines = [{"name": n, "image": str(images / n), files: str(path), **more} for n, path in pairs[files].items()]
+        parts = {
+            "train": [line for line in lines if line["name"] not in tested],
+            "test": [line for line in lines if line["name"] in tested],
+        }
+        _build_pairs(args, kind, parts, [])
     if source:
         _write_objects(args, source, source, tested)
+
+
+def _modality(args: argparse.Namespace, name: str, folder: Path) -> Modality:
+    """With the fields that options give and that files beside maps, or in the folder of the images, tell."""
+    kind = MODALITIES[name]
+    given = {field: getattr(args, key) for key, field in kind.file_fields.items() if getattr(args, key)}
+    return kind(**(kind.told(folder) or kind.told(paths.expand(args.images))), **given)
 
 
 def _write_pairs(args: argparse.Namespace, train: nyu.NyuSource, test: nyu.NyuSource) -> None:
@@ -101,16 +123,19 @@ def _write_pairs(args: argparse.Namespace, train: nyu.NyuSource, test: nyu.NyuSo
         ]
         for split, source in (("train", train), ("test", test))
     }
-    _build_pairs(args, lines, [f"{name}: {why}" for part in (train, test) for name, why in part.reasons.items()])
+    broken = [f"{name}: {why}" for part in (train, test) for name, why in part.reasons.items()]
+    _build_pairs(args, train.modality, lines, broken)
 
 
-def _build_pairs(args: argparse.Namespace, lines: dict[str, list], broken: list[str]) -> None:
-    from aitok_jax.data.preparation import write
-    from aitok_jax.data.preparation.map_pairs import NyuPairs
+def _build_pairs(args: argparse.Namespace, modality: Modality, lines: dict[str, list], broken: list[str]) -> None:
+    from aitok_jax.data.preparation import map_pairs, write
 
-    scale = getattr(args, "depth_scale", 0.0)
-    numbered = {split: _numbered([line | {"scale": scale} for line in lines[split]]) for split in lines}
-    write.build(_settings(args), NyuPairs, numbered, broken, description={"depth_scale": scale})
+    description: dict[str, Any] = {"modality": modality.name, "fields": dataclasses.asdict(modality)}
+    own_fields = description
+    if isinstance(modality, Depth):  # the form of NYUv2
+        own_fields, description = {"scale": modality.file_scale}, {"depth_scale": modality.file_scale}
+    numbered = {split: _numbered([line | own_fields for line in lines[split]]) for split in lines}
+    write.build(_settings(args), map_pairs.builder(modality.name), numbered, broken, description=description)
 
 
 def _write_objects(
@@ -178,6 +203,11 @@ def _aside(args: argparse.Namespace) -> Path:
     return (Path(args.aside) if paths.is_url(args.out) else paths.expand(args.out).absolute()) / _UNFINISHED
 
 
+def _endings(modality: str) -> str:
+    first, *others = MODALITIES[modality].suffixes
+    return first + (f" ({', '.join(others)})" if others else "")
+
+
 _DEPTH_SCALE = (0.0, "values a metre in depth files; 0: 1000 of whole numbers (millimetres), 1 of floats")
 _COMMON = {
     "max_broken": (0, "broken files and annotations to leave out before it is an error"),
@@ -231,8 +261,13 @@ _KINDS = {  # of each: its function, what it prepares, positional arguments, opt
         "your own images",
         ["images"],
         {
-            "depth": ("", "folder of depth maps: a/b.png (.tif, .npy, .npz) for IMAGES/a/b.jpg"),
+            **{name: ("", f"folder of {name} maps: a/b{_endings(name)} for IMAGES/a/b.jpg") for name in MODALITIES},
             "depth_scale": _DEPTH_SCALE,
+            "fov": (
+                0.0,
+                "the camera's horizontal field of view in degrees: also makes normals of the depth, if none are given",
+            ),
+            "first_label": (0, "of semantic maps, whose classes FOLDER/classes.txt names; 1 where 0 is no class"),
             "annotations": ("", "instances JSON (COCO) with file names relative to IMAGES"),
             "test_share": (0.1, "share of the images to evaluate on: whole folders, or runs of consecutive names"),
             "val": ("", "folder in IMAGES to evaluate on; so do IMAGES/train.txt and val.txt, lists of names, divide"),

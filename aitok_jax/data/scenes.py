@@ -1,4 +1,4 @@
-"""Built-in scenes as files: furnished rooms with depth, surface normals and instance masks, rendered on the CPU.
+"""Built-in scenes as files: furnished rooms with depth, normals, classes and instance masks, rendered on the CPU.
 
 They stand in for NYUv2 and COCO where no data is at hand: `python -m aitok_jax.data.scenes OUT` writes them in the
 layout of NYUv2 and as COCO annotations, so that the readers for real data read them too.
@@ -21,7 +21,7 @@ from PIL import Image
 from aitok_jax import paths
 from aitok_jax.command_line.progress import progress_bar
 from aitok_jax.scenes.furniture import CLASSES
-from aitok_jax.scenes.render import Scene, check_size, render
+from aitok_jax.scenes.render import LABELS, Scene, check_size, render
 
 FORMATS = ("nyu", "coco", "both")
 VERSION = 1  # of the look of the scenes: raise it when the same seed gives other pixels
@@ -82,10 +82,12 @@ def _write_scene(job: _Job) -> list[dict]:
 
 
 def _maps(scene: Scene) -> dict[str, np.ndarray]:
-    """By the beginning of a file's name: depth in 16-bit millimetres, normals in the usual colours, see `Normals`."""
+    """By the beginning of a name: depth in 16-bit millimetres, normals in the usual colours, places in LABELS."""
     millimetres = [np.round(depth * 1000).astype(np.uint16) for depth in (scene.sensor_depth, scene.depth)]
     colors = np.round((scene.normals * np.float32([1, -1, -1]) + 1) * 127.5).astype(np.uint8)
-    return dict(zip(("sync_depth", "exact_depth", "normals"), (*millimetres, colors), strict=True))
+    return dict(
+        zip(("sync_depth", "exact_depth", "normals", "semantic"), (*millimetres, colors, scene.labels), strict=True)
+    )
 
 
 def _annotations_file(split: str, count: int, height: int, width: int, annotations: list[list[dict]]) -> dict:
@@ -116,8 +118,8 @@ def write(
 
     Training frames are `scene_XXXX/rgb_NNNNN.jpg`, test frames `official_splits/test/room/rgb_NNNNN.jpg`. Format "nyu"
     adds `sync_depth_NNNNN.png` (sensor) and `exact_depth_NNNNN.png`, both 16-bit millimetres, `normals_NNNNN.png` in
-    the usual colours, and lists `train.txt` and `test.txt` (`/folder/rgb_N.jpg /folder/sync_depth_N.png`, relative to
-    the root); "coco" adds
+    the usual colours, `semantic_NNNNN.png` with places in `classes.txt`, and lists `train.txt` and `test.txt`
+    (`/folder/rgb_N.jpg /folder/sync_depth_N.png`, relative to the root); "coco" adds
     `annotations/instances_{train,test}.json`; "both" all of it. `scenes.json` with the settings is written last.
 
     Args:
@@ -147,6 +149,8 @@ def write(
         if format != "nyu":
             content = _annotations_file(split, count, height, width, annotations)
             paths.write_text(root / "annotations" / f"instances_{split}.json", json.dumps(content))
+    if format != "coco":
+        paths.write_text(root / "classes.txt", "".join(f"{name}\n" for name in LABELS))
     paths.write_text(root / _RECORD, json.dumps(settings))
     (root / _UNFINISHED).unlink()
 
@@ -194,8 +198,8 @@ def _clear(root: Path) -> None:
         (root / _RECORD).unlink()
     for folder in (*root.glob("scene_*"), root / "official_splits", root / "annotations"):
         paths.remove_tree(folder)
-    for split in ("train", "test"):
-        (root / f"{split}.txt").unlink(missing_ok=True)
+    for name in ("train", "test", "classes"):
+        (root / f"{name}.txt").unlink(missing_ok=True)
 
 
 def _run(jobs: list[_Job], workers: int, title: str) -> list[list[dict]]:

@@ -120,15 +120,15 @@ class Mean:
 
     def __init__(self) -> None:
         self.count = 0
-        self._totals: dict[str, float] = {}
+        self._totals: dict[str, Any] = {}
 
     def add(self, columns: dict[str, np.ndarray], rows: np.ndarray) -> None:
-        """Adds the entries of each column [B] where rows, bool[B], is true."""
+        """Adds the entries of each column [B] or [B,...] where rows, bool[B], is true."""
         self.count += int(rows.sum())
         for name, values in columns.items():
             selected = np.asarray(values, np.float64)[rows]
-            self._totals[name] = self._totals.get(name, 0.0) + float(selected.sum())
+            self._totals[name] = self._totals.get(name, 0.0) + selected.sum(0)
 
-    def result(self) -> dict[str, float]:
-        """name -> average; empty where no row was added."""
+    def result(self) -> dict[str, Any]:
+        """name -> average, float64; empty where no row was added."""
         return {name: total / self.count for name, total in self._totals.items()} if self.count else {}

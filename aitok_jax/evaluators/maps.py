@@ -1,7 +1,7 @@
 """Evaluation of dense maps: a modality's metrics per image, averaged over the data set."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,8 +21,8 @@ def evaluate(evaluation: Evaluation) -> dict[str, float]:
     """Evaluates a predictor of maps on `data.eval`.
 
     Each of the modality's metrics is computed per image, over the pixels that it measures inside `part.eval_crop`, and
-    averaged over the images. The baseline is the mean map of `data.train`, resized where the evaluation maps have
-    another size; left out where `data.train` is None.
+    averaged over the images; `Modality.overall` makes the numbers of these. The baseline is the mean map of
+    `data.train`, resized where the evaluation maps have another size; left out where `data.train` is None.
 
     Args:
         evaluation: its `part` has `modality` and `eval_crop` (rows and columns as in `metrics.inside`); its outputs are
@@ -54,18 +54,20 @@ def evaluate(evaluation: Evaluation) -> dict[str, float]:
         without += int((real & ~rows["annotated"]).sum())
     if without == seen:
         raise _nothing_measured(part, seen)
-    result = means["model"].result()
+    numbers = {kind: _floats(modality.overall(mean.result())) for kind, mean in means.items()}
+    result = numbers["model"]
     if without:
         result[f"images_without_{modality.name}"] = float(without)
-    baseline = means["baseline"].result() if "baseline" in means else {}
-    return evaluation.named(result) | {f"baseline/{name}": value for name, value in baseline.items()}
+    baseline = {f"baseline/{name}": value for name, value in numbers.get("baseline", {}).items()}
+    return evaluation.named(result) | baseline
 
 
 def metric_names(part: Any) -> list[str]:
     """What `evaluate` measures of every part of this kind."""
     modality, size = part.modality, (1, 8, 8)
     map_, valid = jax.ShapeDtypeStruct((*size, *modality.map_axes), np.float32), jax.ShapeDtypeStruct(size, bool)
-    names = jax.eval_shape(modality.metrics, map_, map_, valid)
+    columns = jax.eval_shape(modality.metrics, map_, map_, valid)
+    names = modality.overall({name: np.zeros(column.shape[1:]) for name, column in columns.items()})
     return [*names, *(["confidence_spearman"] if "confidence" in part.meanings else [])]
 
 
@@ -95,6 +97,10 @@ def _maps(source: Any, modality: Modality) -> Iterator[np.ndarray]:
         except READ_ERRORS:
             if getattr(source, "on_error", "raise") == "raise":
                 raise
+
+
+def _floats(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in numbers.items()}
 
 
 def _nothing_measured(part: Any, count: int) -> ValueError:

@@ -17,11 +17,11 @@ def mean(x: jax.Array, weight_B: Weight = None) -> jax.Array:
     return jnp.sum(real_rows(x, weight_B)) / (jnp.sum(weight_B) * (x.size // x.shape[0]))
 
 
-def real_rows(x: jax.Array, weight_B: Weight) -> jax.Array:
-    """[B, ...] with zeros, or False, in the rows of weight 0."""
+def real_rows(x: jax.Array, weight_B: Weight, otherwise: float = 0) -> jax.Array:
+    """[B, ...] with `otherwise`, or False, in the rows of weight 0."""
     if weight_B is None:
         return x
-    return jnp.where(weight_B.reshape(-1, *[1] * (x.ndim - 1)) > 0, x, jnp.zeros_like(x))
+    return jnp.where(weight_B.reshape(-1, *[1] * (x.ndim - 1)) > 0, x, jnp.full_like(x, otherwise))
 
 
 def mse(prediction: jax.Array, target: jax.Array, weight_B: Weight = None) -> jax.Array:
@@ -79,11 +79,13 @@ def silog(
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, weight_B: Weight = None, *, ignore: int = -1) -> jax.Array:
-    """Mean cross-entropy of logits [..., K] against int labels [...], over labels other than `ignore`."""
-    valid = real_rows(labels != ignore, weight_B)
-    losses = optax.softmax_cross_entropy_with_integer_labels(_f32(logits), jnp.where(valid, labels, 0))
-    return _masked_mean(losses, valid)
+def cross_entropy(logits: jax.Array, target: jax.Array, weight_B: Weight = None) -> jax.Array:
+    """Mean cross-entropy of logits [..., K] against one-hot classes [..., K], over the places where these are not zero.
+
+    0 where there are none.
+    """
+    valid = real_rows(jnp.any(target != 0, -1), weight_B)
+    return _masked_mean(optax.softmax_cross_entropy(_f32(logits), _f32(target)), valid)
 
 
 def dice(prediction_NHW: jax.Array, target_NHW: jax.Array, *, smooth: float = 1.0) -> jax.Array:
@@ -99,6 +101,7 @@ RECONSTRUCTION = {
     "mse_ignore_zero": mse_ignore_zero,
     "mse_annotated": mse_annotated,
     "silog": silog,
+    "cross_entropy": cross_entropy,
 }
 
 

@@ -14,7 +14,7 @@ from aitok_jax.models.layers import check_sizes
 from aitok_jax.models.quantizer import Quantized, Quantizer, nearest_codes
 
 CLASSIFICATION = "cross_entropy"
-OBJECTIVES = (*losses.RECONSTRUCTION, CLASSIFICATION)
+OBJECTIVES = tuple(losses.RECONSTRUCTION)
 KERNEL_SIZES = {conv.point: 1, conv.same: 3, conv.down: 4, conv.up: 4}
 
 
@@ -127,8 +127,8 @@ class VQVAE(nn.Module):
         num_res_blocks: R in the encoder and in the decoder.
         num_codes, code_dim: K and D of the codebook.
         channels: of input and output; the number of classes for `cross_entropy`.
-        objective: one of `OBJECTIVES`; `cross_entropy` takes int label maps [B,H,W], −1 where there is no label.
-            `silog` does not clip, as published: it is not finite where the output falls to 0 or below.
+        objective: one of `OBJECTIVES`. `cross_entropy` takes one-hot classes, zeros where there is no label, and gives
+            logits. `silog` does not clip, as published: it is not finite where the output falls to 0 or below.
         use_norm: the network sees 2(x/max_value − ½), and its output y means max_value(y/2 + ½).
         soft_temperature: τ, multiplies the logits of soft tokens in `decode_soft`.
         decay, epsilon, commitment_cost, restart_threshold: see `Quantizer`.
@@ -155,7 +155,7 @@ class VQVAE(nn.Module):
         check_sizes(self, "hidden", "num_codes", "code_dim", "channels")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}")
-        if self.use_norm and self.objective in ("mse_ignore_zero", "silog"):
+        if self.use_norm and self.objective in ("mse_ignore_zero", "silog", CLASSIFICATION):
             raise ValueError(f"objective={self.objective!r} finds missing pixels by their 0: set use_norm=False")
         if self.downsample < 2 or self.downsample & (self.downsample - 1):
             raise ValueError(f"downsample={self.downsample} must be a power of two of at least 2, for example 16 or 32")
@@ -184,7 +184,7 @@ class VQVAE(nn.Module):
         return token_grid(height, width, self.downsample)
 
     def encode_features(self, x: jax.Array) -> jax.Array:
-        """[B,H,W,C] in the map's units (int[B,H,W] labels for `cross_entropy`) -> f32[B,h,w,D] before quantizing."""
+        """[B,H,W,C] in the map's units -> f32[B,h,w,D] before quantizing."""
         self.grid(*x.shape[1:3])
         return self.encoder(self._normalize(x))
 
@@ -193,7 +193,7 @@ class VQVAE(nn.Module):
         return nearest_codes(self.encode_features(x), self.quantizer.table)
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """int[B,h,w] codes -> f32[B,H,W,C] in the map's units (int32[B,H,W] labels for `cross_entropy`)."""
+        """int[B,h,w] codes -> f32[B,H,W,C] in the map's units (logits for `cross_entropy`)."""
         return self._denormalize(self.decoder(self.quantizer.lookup(codes)))
 
     def decode_soft(self, logits: jax.Array) -> jax.Array:
@@ -219,20 +219,13 @@ class VQVAE(nn.Module):
         quantized = self.quantizer(self.encode_features(x), train, weight_B)
         output = self.decoder(quantized.z)
         target = x if target is None else target
-        if self.objective == CLASSIFICATION:
-            reconstruction = losses.cross_entropy(output, target, weight_B)
-        else:
-            reconstruction = losses.RECONSTRUCTION[self.objective](output, self._normalize(target), weight_B)
+        reconstruction = losses.RECONSTRUCTION[self.objective](output, self._normalize(target), weight_B)
         return Reconstruction(reconstruction + quantized.loss, reconstruction, self._denormalize(output), quantized)
 
     def _normalize(self, x: jax.Array) -> jax.Array:
-        if self.objective == CLASSIFICATION:
-            return jax.nn.one_hot(x, self.channels)  # a missing label, -1, is all zeros
         return 2 * (x / self.max_value - 0.5) if self.use_norm else x
 
     def _denormalize(self, y: jax.Array) -> jax.Array:
-        if self.objective == CLASSIFICATION:
-            return jnp.argmax(y, -1).astype(jnp.int32)
         return self.max_value * (y / 2 + 0.5) if self.use_norm else y
 
 

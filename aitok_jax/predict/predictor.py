@@ -104,9 +104,10 @@ class Predictor:
                 (see `views.average_views`); takes five times as long, or ten where `flip` is off.
             batch_size: images that go through the model together; at least 1.
         Returns:
-            For a map, under its name float32[H,W,...], as its modality says, and `confidence` float32[H,W] in 0..1:
-            1 / (1 + s), s the spread of the values that the token there may stand for, under its probabilities; 1 is
-            sure of one value, 1/2 wavers by one unit (a metre). It is no probability of being right.
+            For a map, under its name [H,W,...], as its modality says, with the modality's legend (the `names` of
+            classes), and `confidence` float32[H,W] in 0..1: 1 / (1 + s), s the spread of the values that the token
+            there may stand for, under its probabilities; 1 is sure of one value, 1/2 wavers by one unit (a metre). It
+            is no probability of being right.
             For instances and detection the n objects, best first: `boxes` float32[n,4] x1 y1 x2 y2 in pixels of the
             image, `classes` int32[n], `names` list[str], `scores` float32[n] in 0..1, the probability of the class
             among all classes and the noise label, and, for instances, `masks` bool[n,H,W]. A list of these for a list.
@@ -172,9 +173,7 @@ class Predictor:
             results[i] = sorted(found, key=lambda result: -result["score"])
         return results if many else results[0]
 
-    def _maps(
-        self, part: Any, images: Sequence[np.ndarray], augment: bool, batch_size: int
-    ) -> list[dict[str, np.ndarray]]:
+    def _maps(self, part: Any, images: Sequence[np.ndarray], augment: bool, batch_size: int) -> list[dict[str, Any]]:
         if augment:
             part = dataclasses.replace(part, flip=True)
         modality, count = part.modality, NUM_VIEWS if augment else 1
@@ -184,7 +183,7 @@ class Predictor:
             i, number = divmod(k, count)
             return view(images[i], number, *sizes[i]).astype(np.float32) / 255
 
-        results: list[dict[str, np.ndarray]] = [{} for _ in images]
+        results: list[dict[str, Any]] = [{} for _ in images]
         views: list[list[dict[str, np.ndarray]]] = [[] for _ in images]
         for k, outputs in self._outputs(part, [size for size in sizes for _ in range(count)], seen, batch_size):
             i = k // count
@@ -195,6 +194,7 @@ class Predictor:
                 results[i] = {
                     modality.name: modality.resized(maps[modality.name], height, width),
                     "confidence": np.clip(resize(maps["confidence"], height, width), 0, 1),
+                    **modality.legend,
                 }
         return results
 

@@ -30,7 +30,8 @@ def view(image: np.ndarray, number: int, height: int, width: int) -> np.ndarray:
 def average_views(views: Sequence[Mapping[str, np.ndarray]], modality: Modality) -> dict[str, np.ndarray]:
     """The maps of an image from those of its views; of the image alone where that is the only one.
 
-    The corners are put back in their places, overlaps averaged, and the result is averaged with the map of the image.
+    The corners are put back in their places, overlaps averaged, and the result is averaged with the map of the image,
+    as the VQ-VAE sees maps.
     An enlarged picture is that of a camera with a longer focal length (`Modality.zoomed`).
 
     Args:
@@ -42,9 +43,11 @@ def average_views(views: Sequence[Mapping[str, np.ndarray]], modality: Modality)
     confidences = [each["confidence"] for each in views]
     height = len(confidences[0])
     zoom = height / round(height / ZOOM)
-    corners = [modality.zoomed(map_, zoom) for map_ in maps[1:]]
+    whole, *corners = (
+        np.asarray(modality.encode(map_[None])[0]) for map_ in (maps[0], *(modality.zoomed(m, zoom) for m in maps[1:]))
+    )
     return {
-        modality.name: _average(maps[0], corners),
+        modality.name: np.array(modality.finish(_average(whole, corners)[None])[0]),
         "confidence": _average(confidences[0], confidences[1:]),
     }
 

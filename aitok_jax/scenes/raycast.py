@@ -90,6 +90,7 @@ class World:
     faces: np.ndarray  # int[6]: material of x=0, x=max, y=0, y=max, floor, ceiling
     solids: Solids
     solid_object: np.ndarray  # int[S]: the object a solid is part of, -1 for fixed parts of the room
+    solid_face: np.ndarray  # int[S]: the face of the room, in that order, that the solid is nearest to
     solid_material: np.ndarray  # int[S]
     materials: np.ndarray  # f32[M, fields of Material]
     lights: np.ndarray  # f32[L,6]: position and colour
@@ -104,6 +105,7 @@ class Frame(NamedTuple):
     light: np.ndarray  # f32[H,W,3]: linear light
     depth: np.ndarray  # f32[H,W]: metres along the optical axis
     objects: np.ndarray  # int[H,W]: the object seen, -1 for the room
+    faces: np.ndarray  # int[H,W]: the face of the room seen, or that of the solid seen, as in `World`
     shine: np.ndarray  # f32[H,W]: shine of the material seen
     normals: np.ndarray  # f32[H,W,3]: of the surface seen, in the axes of the camera (right, down, forward)
 
@@ -322,7 +324,8 @@ def _trace_tiles(world: World, slopes: np.ndarray, pairs: tuple[np.ndarray, np.n
     solid[wall < depth] = -1
     depth = np.minimum(depth, wall)
     points = world.eye[:, None, None] + rays * depth
-    normals, u, v, material = _surfaces(world, solid.ravel(), axis.ravel(), forth.reshape(3, -1), points.reshape(3, -1))
+    flat = solid.ravel(), axis.ravel(), forth.reshape(3, -1), points.reshape(3, -1)
+    normals, u, v, material, faces = _surfaces(world, *flat)
     fields = world.materials.T[:, material]
     length = np.sqrt((rays * rays).sum(0)).ravel()
     cosine = np.maximum(np.abs((rays.reshape(3, -1) * normals).sum(0)) / length, 0.08)
@@ -332,20 +335,20 @@ def _trace_tiles(world: World, slopes: np.ndarray, pairs: tuple[np.ndarray, np.n
     light = color * light[0] + light[1] + fields[18] * fields[0:3]
     objects = np.append(world.solid_object, -1)[solid]
     seen = (world.view @ normals).T.reshape(*depth.shape, 3)
-    return light.T.reshape(*depth.shape, 3), depth, objects, fields[17].reshape(depth.shape), seen
+    faces, shine = faces.reshape(depth.shape), fields[17].reshape(depth.shape)
+    return light.T.reshape(*depth.shape, 3), depth, objects, faces, shine, seen
 
 
 def _surfaces(world: World, solid: np.ndarray, axis: np.ndarray, forth: np.ndarray, points: np.ndarray):
-    """Normals f32[3,N], texture coordinates u, v f32[N] and material int[N] at the points f32[3,N] that rays hit."""
+    """At the points f32[3,N] that rays hit: normals f32[3,N], texture coordinates u, v, material and face, each [N]."""
     pixels = np.arange(len(solid))
     side = forth[axis, pixels]
     normals = np.zeros(points.shape, np.float32)
     normals[axis, pixels] = np.where(side, -1, 1)
-    material = world.faces[2 * axis + side]
+    faces = 2 * axis + side
+    material = world.faces[faces]
     u, v = np.where(axis == 0, points[1], points[0]), np.where(axis == 2, points[1], points[2])
     hit = np.nonzero(solid >= 0)[0]
-    if not len(hit):
-        return normals, u, v, material
     ids = solid[hit]
     solids, a = world.solids, world.solids.axes[ids]
     q = _apply(a, points[:, hit].T - solids.center[ids]).T
@@ -364,8 +367,8 @@ def _surfaces(world: World, solid: np.ndarray, axis: np.ndarray, forth: np.ndarr
     around = curved & (round_part == 1)
     u[hit] = np.where(around, np.arctan2(q[1], q[0]) * half[0], np.where(curved, local[0], flat_u))
     v[hit] = np.where(around, local[2], np.where(curved, local[1], flat_v))
-    material[hit] = world.solid_material[ids]
-    return normals, u, v, material
+    material[hit], faces[hit] = world.solid_material[ids], world.solid_face[ids]
+    return normals, u, v, material, faces
 
 
 def _light(world: World, points: np.ndarray, normals: np.ndarray, sight: np.ndarray, shine: np.ndarray):

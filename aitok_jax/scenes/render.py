@@ -1,12 +1,16 @@
-"""Rendered rooms with exact depth, sensor-like depth, surface normals and instance masks: pure functions of a seed."""
+"""Rendered rooms with exact and sensor-like depth, normals, classes and instance masks: pure functions of a seed."""
 
 from typing import NamedTuple
 
 import numpy as np
 
+from aitok_jax.scenes.furniture import CLASSES
 from aitok_jax.scenes.raycast import Frame, trace
 from aitok_jax.scenes.rooms import MAX_ASPECT, sample_room
 
+LABELS = ("wall", "floor", "ceiling", *CLASSES)
+"""The classes of pixels; doors, windows and pictures are wall, rugs floor, the lamp under the ceiling is ceiling."""
+_OF_FACES = np.array([0, 0, 0, 0, 1, 2])  # their places there, in the order of `World.faces`
 _HOLES = (0.06, 0.23)  # share of pixels without sensor depth
 
 
@@ -17,6 +21,7 @@ class Scene(NamedTuple):
     depth: np.ndarray  # f32[H,W]: exact distance along the optical axis in metres, 0.5 to 10
     sensor_depth: np.ndarray  # f32[H,W]: the same with 5-25 % of the pixels 0, as a depth sensor loses them
     normals: np.ndarray  # f32[H,W,3]: unit vectors in camera coordinates, x right, y down, z away from the camera
+    labels: np.ndarray  # uint8[H,W]: index into LABELS, also of objects too small to have a mask
     masks: np.ndarray  # bool[N,H,W]: visible pixels, disjoint
     boxes: np.ndarray  # f32[N,4]: x0 y0 x1 y1 around the mask; x1 and y1 are the outer edges of the last pixels
     classes: np.ndarray  # int32[N]: index into CLASSES
@@ -45,7 +50,9 @@ def render(seed: int, height: int, width: int) -> Scene:
     holes = _holes(np.random.default_rng((seed, 2)), frame, image)
     sensor_depth = np.where(holes, np.float32(0), frame.depth)
     masks, boxes, visible = _instances(frame.objects, len(classes))
-    return Scene(image, frame.depth, sensor_depth, frame.normals, masks, boxes, classes[visible])
+    labels = np.where(frame.objects < 0, _OF_FACES[frame.faces], len(set(_OF_FACES)) + classes[frame.objects])
+    labels = labels.astype(np.uint8)
+    return Scene(image, frame.depth, sensor_depth, frame.normals, labels, masks, boxes, classes[visible])
 
 
 def check_size(height: int, width: int) -> None:

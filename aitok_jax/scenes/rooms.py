@@ -215,11 +215,13 @@ class _Builder:
             half=np.array([part.half for part, _, _ in parts], np.float32),
             yaw=np.array([yaw for _, yaw, _ in parts], np.float32),
         )
+        to_faces = np.stack([solids.center, np.array(self.room) - solids.center], -1)
         return World(
             room=np.array(self.room, np.float32),
             faces=np.array([materials[face] for face in faces]),
             solids=solids,
             solid_object=np.array([index for _, _, index in parts]),
+            solid_face=to_faces.reshape(-1, 6).argmin(1),
             solid_material=np.array([materials[part.material] for part, _, _ in parts]),
             materials=np.array([material.row() for material in materials], np.float32),
             lights=np.array(lights, np.float32),

@@ -1,6 +1,6 @@
 """What the loop trains and the predictor runs: a task is made of parts; a dense map is one file of `modalities`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -56,6 +56,7 @@ def _solver(fields: Mapping[str, Any]) -> SolverTask:
             raise ValueError(f"task.parts.{name}.{own[0]}: give it once, in task.shared")
     kinds = {name: part.get("name", name) for name, part in parts.items()}
     vocabulary = _vocabulary(shared.get("vocabulary", {}), {kinds[name]: part for name, part in parts.items()})
+    shared["transformer"] = _with_rows(shared.get("transformer", {}), kinds.values())
     common = {"solver": build_solver(shared, vocabulary), "vocabulary": vocabulary}
     built = {}
     for name, part in parts.items():
@@ -77,6 +78,13 @@ def _vocabulary(fields: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]
             sizes[MASKS if kind == OBJECTS else kind] = options.get("num_codes", 128)
     others = {key: value for key, value in fields.items() if key != "codes"}
     return with_codes(build_dataclass(Vocabulary, others), sizes | given)
+
+
+def _with_rows(transformer: Mapping[str, Any], kinds: Iterable[str]) -> dict[str, Any]:
+    """With rows of the task and position tables for maps that come after the published ones."""
+    rows = [MODALITIES[kind].task_id + 1 for kind in kinds if kind in MODALITIES]
+    given = transformer.get("num_tasks", TokenTransformer.num_tasks)
+    return {**transformer, "num_tasks": max(given, *rows)} if rows else dict(transformer)
 
 
 def build_solver(shared: Mapping[str, Any], vocabulary: Vocabulary) -> TaskSolver:

@@ -86,7 +86,7 @@ class MapPart:
 
     @property
     def meanings(self) -> Mapping[str, str]:
-        spread = f"s the standard deviation of the {self.modality.name} that the token may stand for"
+        spread = "s the standard deviation of what the token may stand for"
         return {self.modality.name: self.modality.meaning, "confidence": f"0..1, 1 / (1 + s), {spread}"}
 
     def init_heads(self, rng: jax.Array) -> Tree:
@@ -117,7 +117,7 @@ class MapPart:
         weight_B: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         targets_BT, map_ = targets
-        map_ = losses.real_rows(map_, weight_B)  # zeros are no annotation
+        map_ = losses.real_rows(map_, weight_B, self.modality.missing)
         loss, metrics = self.token_loss(model_state, logits_BTV, targets_BT, map_, weight_B)
         if self.memory_weight:
             logits_BTK = from_scratch.map_logits(params[self._head], memory_BMD, self.grid, self.tokenizer.num_codes)

@@ -98,11 +98,12 @@ class MapTokenizer:
 
     def __post_init__(self):
         self.tokenizer.grid(self.image_size, self.image_size)
-        if self.tokenizer.channels != self.modality.channels or self.tokenizer.objective == CLASSIFICATION:
+        classifies = self.tokenizer.objective == CLASSIFICATION != self.modality.objective
+        if self.tokenizer.channels != self.modality.channels or classifies:
             raise ValueError(
                 f"{self.modality.name} has {self.modality.channels} channels: tokenizer.channels="
-                f"{self.tokenizer.channels} must be that, and tokenizer.objective={self.tokenizer.objective!r} not "
-                f"{CLASSIFICATION!r}"
+                f"{self.tokenizer.channels} must be that, and tokenizer.objective={self.tokenizer.objective!r} one of "
+                f"its own, as {self.modality.objective!r}"
             )
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio={self.mask_ratio} must lie in 0..1; 0 turns the augmentation off")

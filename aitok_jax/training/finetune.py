@@ -44,7 +44,7 @@ TOKENIZER_STEPS = 1500
 _EVALUATIONS = 8
 _KEYS = {  # of the configuration of a plan, and those inside
     "finetune": ("task", "size", "from"),
-    "data": ("root", "maps", "annotations", "val", "share", "depth_scale", "on_error"),
+    "data": ("root", "maps", "annotations", "val", "share", "depth_scale", "first_label", "on_error"),
     **dict.fromkeys(("steps", "batch_size", "learning_rate", "seed"), ()),
 }
 _DETAILS = ("_small", "_medium", "_large", "_ar1", "_ar10", "_ar100", "confidence_spearman")
@@ -54,8 +54,8 @@ def plan(config: ConfigDict, workdir: str | Path) -> ConfigDict:
     """The configuration with `stages`; logs what a person should know of it.
 
     Args:
-      config: `finetune` (task, size, from), `data` (root, maps, annotations, val, share, depth_scale, on_error),
-        `steps`, `batch_size` and `learning_rate`, 0 for what is proposed, and `seed`.
+      config: `finetune` (task, size, from), `data` (root, maps, annotations, val, share, on_error, and the modalities'
+        `file_fields`), `steps`, `batch_size` and `learning_rate`, 0 for what is proposed, and `seed`.
 
     Raises:
       ValueError: weights that do not do the task, or sizes that do not fit; FileNotFoundError, DataError: see `own`.
@@ -69,9 +69,10 @@ def plan(config: ConfigDict, workdir: str | Path) -> ConfigDict:
     size = config.finetune.size or _size_of(saved)
     steps = config.steps or _steps(kind, found.train, config.batch_size)
     stages = {}
-    task, taken_over = _task(saved, kind, size, len(found.categories))
+    task, taken_over = _task(saved, kind, size, len(found.categories), found.fields)
     if kind in MODALITIES and not taken_over:
-        stages["tokenizer"] = _tokenizer_run(config, kind, size, task["parts"][kind]["tokenizer"], found)
+        tokenizer = {"tokenizer": task["parts"][kind]["tokenizer"], **found.fields}
+        stages["tokenizer"] = _tokenizer_run(config, kind, size, tokenizer, found)
     stages[kind] = _solver_run(config, kind, size, task, found, steps, taken_over)
     LOG.info("the plan:\n  %s", "\n  ".join(_lines(config, kind, found, size, stages)))
     return ordered({"stages": stages})
@@ -118,8 +119,7 @@ def _find(config: ConfigDict, kind: str, lists: Path) -> own.Found:
         masks = "tokenizer" not in OBJECTS[kind]
         return own.find_objects(data.root, lists, annotations=data.annotations, masks=masks, **options)
     options |= {"maps": data.maps, "on_error": data.on_error}
-    if data.depth_scale and hasattr(MODALITIES[kind], "file_scale"):
-        options["file_scale"] = data.depth_scale
+    options |= {field: data[key] for key, field in MODALITIES[kind].file_fields.items() if data[key]}
     return own.find_maps(kind, data.root, lists, **options)
 
 
@@ -132,13 +132,19 @@ def _steps(kind: str, images: int, batch_size: int) -> int:
     return min(max(math.ceil(epochs * images / (batch_size or 16)), least), most)
 
 
-def _task(saved: ConfigDict, kind: str, size: int, classes: int) -> tuple[dict[str, Any], bool]:
-    """The fields of a solver of one part, like those of the weights, and whether they have a tokenizer for it."""
+def _task(
+    saved: ConfigDict, kind: str, size: int, classes: int, fields: Mapping[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """The fields of a solver of one part, like those of the weights, and whether they have a tokenizer for it.
+
+    `fields` are the modality's, as the data has them; a tokenizer of others is none for it.
+    """
     source = saved.to_dict()["task"]
     shared, parts = source["shared"], source["parts"]
     kinds = {part.setdefault("name", name): part for name, part in parts.items()}
     wanted = tasks.OBJECTS if kind in OBJECTS else kind
-    taken_over = wanted in kinds
+    same = json.loads(json.dumps(fields))  # tuples are lists in a saved configuration
+    taken_over = wanted in kinds and all(kinds[wanted].get(name) == value for name, value in same.items())
     if kind in OBJECTS:
         if not taken_over:
             raise ValueError(f"these weights do {', '.join(kinds)}, and no {kind}; give from= a run of objects")
@@ -150,7 +156,7 @@ def _task(saved: ConfigDict, kind: str, size: int, classes: int) -> tuple[dict[s
         modality = MODALITIES[kind]
         part = next((dict(part) for name, part in kinds.items() if name in MODALITIES), {"normalize_image": True})
         part["tokenizer"] = TOKENIZER | {"objective": modality.objective}
-    part |= {"name": wanted, "image_size": size, "loss_weight": 1.0}
+    part |= {**fields, "name": wanted, "image_size": size, "loss_weight": 1.0}
     return {"name": "solver", "shared": shared, "parts": {kind: part}}, taken_over
 
 
@@ -190,7 +196,7 @@ def _maps_data(config: ConfigDict, kind: str, size: int, found: own.Found, recip
         "name": "nyu",
         **_common_data(config),
         "modality": kind,
-        "depth_scale": config.data.depth_scale,
+        **{key: config.data[key] for key in MODALITIES[kind].file_fields},
         "train_list": "",
         "test_list": "",
         "train_subfolder": "",
@@ -209,9 +215,9 @@ def _common_data(config: ConfigDict) -> dict[str, Any]:
     return own_keys | {"also_root": "", "also_count": 0, "render": {}}
 
 
-def _tokenizer_run(config: ConfigDict, kind: str, size: int, tokenizer: Mapping, found: own.Found) -> dict[str, Any]:
-    task = {"name": "tokenizer", "parts": {kind: {"name": kind, "image_size": size, "tokenizer": dict(tokenizer)}}}
-    task["parts"][kind]["mask_ratio"] = 0.0
+def _tokenizer_run(config: ConfigDict, kind: str, size: int, fields: Mapping, found: own.Found) -> dict[str, Any]:
+    part = {"name": kind, "image_size": size, "mask_ratio": 0.0, **fields}
+    task = {"name": "tokenizer", "parts": {kind: part}}
     steps = config.steps or TOKENIZER_STEPS
     return _run(
         *(config, "tokenizer", task, {kind: _maps_data(config, kind, size, found, "tokenizer")}, steps),
@@ -253,6 +259,7 @@ def _solver_run(
 
 def _lines(config: ConfigDict, kind: str, found: own.Found, size: int, stages: Mapping[str, Mapping]) -> list[str]:
     lines = [f"data: {found.train} images to train, {found.val} to evaluate on"]
+    lines += [f"{name}: {', '.join(map(str, value))}" for name, value in found.fields.items()]
     if found.categories:
         lines.append(f"classes: {', '.join(found.categories)}")
     lines.append(f"model: that of {config.finetune['from']}, its weights as far as they fit; images at {size} pixels")

@@ -15,7 +15,7 @@ from aitok_jax import evaluators, paths, tasks
 from aitok_jax.config import unknown
 from aitok_jax.data import datasets
 from aitok_jax.parallel import sharding
-from aitok_jax.tasks.base import variable_shapes
+from aitok_jax.tasks.base import Part, variable_shapes
 from aitok_jax.tasks.solver import part_prefix
 from aitok_jax.training import checkpoint, checks, optim, run_dir
 
@@ -86,7 +86,7 @@ def _checked(config: ConfigDict, folder: Path) -> Run:
         checks.check_part(name, part, config, task)
     run = Run(config, None, mesh, task, variants, {})
     _check_micro_batches(run, folder)
-    data = _build_data({name: config.data[name] for name in task.parts})
+    data = _build_data(task.parts, config.data)
     for name, part in task.parts.items():
         if part.kind == "objects":
             source = data[name].train
@@ -117,14 +117,17 @@ def _check_micro_batches(run: Run, folder: Path) -> None:
             ) from None
 
 
-def _build_data(configs: Mapping[str, ConfigDict]) -> dict[str, datasets.Data]:
+def _build_data(parts: Mapping[str, Part], configs: Mapping[str, ConfigDict]) -> dict[str, datasets.Data]:
     """The data of each part. Scenes that have to be rendered are the first host's work; the others wait for it."""
-    first = jax.process_index() == 0
-    data = {name: datasets.build(config) for name, config in configs.items()} if first else {}
+
+    def build() -> dict[str, datasets.Data]:
+        return {name: datasets.build(configs[name], getattr(part, "modality", None)) for name, part in parts.items()}
+
+    data = build() if jax.process_index() == 0 else {}
     if jax.process_count() > 1:  # no collective: those give up after half a minute
         wait = ocp.multihost.get_barrier_sync_fn()
         wait(key=f"data {next(_barriers)}", timeout_ms=_HOURS_TO_RENDER * 3_600_000)
-    return data or {name: datasets.build(config) for name, config in configs.items()}
+    return data or build()
 
 
 def _variants(part: Any, changes: Mapping) -> dict[str, Any]:

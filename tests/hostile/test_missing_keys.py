@@ -72,8 +72,8 @@ def test_no_mapping_of_parts(value, message, tmp_path):
 
 
 UNUSED = {
-    "nyu": {"columns"},
-    "vqvae_depth": {"color", "cutdepth"},
+    "nyu": {"columns", "first_label"},
+    "vqvae_depth": {"color", "cutdepth", "first_label"},
     "coco": set(),
     "vqvae_mask": {"size", "num_objects", "jitter", "order"},
 }

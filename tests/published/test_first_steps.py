@@ -40,6 +40,8 @@ RUNS = (
     "quickstart/joint",
     "quickstart:normals/tokenizer",
     "quickstart:normals/normals",
+    "quickstart:semantic/tokenizer",
+    "quickstart:semantic/semantic",
 )
 TOKENIZER = {"hidden": 4, "downsample": 8, "num_res_blocks": 1, "num_codes": 8, "code_dim": 8}
 SOLVER = {"dim": 16, "num_heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 1, "max_length": 64}
@@ -96,7 +98,10 @@ def batch_of(part, rng: np.random.Generator) -> dict[str, np.ndarray]:
         depth = np.float32(rng.uniform(0.5, 9.5, side) * annotated)
         vectors = rng.normal(size=(*side, 3))
         vectors *= annotated[..., None] / np.linalg.norm(vectors, axis=-1, keepdims=True)
-        return batch | {part.modality.name: depth if part.modality.name == "depth" else np.float32(vectors)}
+        maps = {"depth": depth, "normals": np.float32(vectors)}
+        if part.modality.name == "semantic":
+            maps["semantic"] = np.float32(np.where(annotated, rng.integers(0, part.modality.channels, side), 255))
+        return batch | {part.modality.name: maps[part.modality.name]}
     n, size = part.num_objects, part.mask_size
     corners = np.sort(rng.uniform(0, part.image_size, (2, BATCH, n, 2)), axis=0)
     kind = np.int32(rng.integers(0, 3, (BATCH, n)))

@@ -13,32 +13,48 @@ from typing import Any
 import numpy as np
 
 from aitok_jax import paths
+from aitok_jax.config import build_dataclass
 from aitok_jax.data.sources import coco
 from aitok_jax.data.sources.files import DataError, File, decode_image
 from aitok_jax.data.sources.pairs import PairSource
 from aitok_jax.data.sources.records import Records, read_info
+from aitok_jax.tasks.modalities import MODALITIES, Modality
 from aitok_jax.tasks.modalities.depth import Depth
 
 MODALITY = Depth()
-"""Of the maps that can be prepared."""
+"""Of the maps of NYU and TFDS_NYU; the data sets of others have their names."""
 LAST = "prepared.json"
 NYU, COCO, TFDS_NYU = "nyu_pairs", "coco_instances", "nyu_depth_v2"
 _NAMES = {"nyu": (NYU, TFDS_NYU), "coco": (COCO,)}
-_SPLITS = {NYU: ("train", "test"), COCO: ("train", "test"), TFDS_NYU: ("train", "validation")}
+
+
+def kind_of(modality: str) -> str:
+    """The kind of prepared data, of `find`, whose maps are of a modality."""
+    return "nyu" if modality == MODALITY.name else modality
+
+
+def name_of(kind: str) -> str:
+    """The data set of a kind that is prepared here."""
+    return _names(kind)[0]
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    return _NAMES.get(kind, (f"{kind}_pairs",))
 
 
 def find(root: str | Path, kind: str) -> Path | None:
-    """The folder of prepared data of a kind ('nyu' or 'coco') at `root`, or at `root`/NAME/VERSION as TFDS lays it out.
+    """The folder of prepared data of a kind at `root`, or at `root`/NAME/VERSION as TFDS lays it out.
 
+    Kinds are 'nyu' (images with depth), 'coco', and modalities but for depth.
     None where there is none. ValueError where `root` is of another kind, or holds several data sets of this one.
     """
     root = paths.expand(root)
     if (root / "dataset_info.json").is_file():
         name = read_info(root).get("name")
-        if name not in _NAMES[kind]:
-            raise ValueError(f"{root} holds the prepared data {name!r}, but needed is {' or '.join(_NAMES[kind])}")
+        if name not in _names(kind):
+            raise ValueError(f"{root} holds the prepared data {name!r}, but needed is {' or '.join(_names(kind))}")
         return root
-    found = sorted(path.parent for name in _NAMES[kind] for path in root.glob(f"{name}/*/dataset_info.json"))
+    found = sorted(path.parent for name in _names(kind) for path in root.glob(f"{name}/*/dataset_info.json"))
     if len(found) > 1:
         raise ValueError(
             f"{root} holds several prepared data sets: set data.root to one of {', '.join(map(str, found))}"
@@ -54,9 +70,24 @@ def nyu_sources(folder: Path, *, train_images: bool, counts: tuple[int, int], **
       **options: on_error, cache and scale, as in `nyu.NyuSource`.
     """
     name = read_info(folder)["name"]
-    make = TfdsNyu if name == TFDS_NYU else PreparedNyu
-    parts = zip(_SPLITS[name], (train_images, True), counts, strict=True)
+    make, test = (TfdsNyu, "validation") if name == TFDS_NYU else (PreparedNyu, "test")
+    parts = zip(("train", test), (train_images, True), counts, strict=True)
     return [make(folder, split, images=images, expected_count=count, **options) for split, images, count in parts]
+
+
+def described(folder: Path) -> Modality:
+    """What the maps of prepared data are."""
+    description = _description(folder)
+    if name := description.get("modality"):
+        return build_dataclass(MODALITIES[name], description["fields"])
+    return Depth(file_scale=description.get("depth_scale", 0.0))
+
+
+def told_fields(folder: Path) -> list[str]:
+    """The fields of the modality, but for those of its files, that the data says."""
+    told = {} if read_info(folder)["name"] == TFDS_NYU else _description(folder)
+    files = MODALITIES[told["modality"]].file_fields.values() if "modality" in told else ()
+    return [name for name in told.get("fields", {}) if name not in files]
 
 
 class PreparedNyu(PairSource):
@@ -82,8 +113,8 @@ class PreparedNyu(PairSource):
                 "published data, or set the expected count to 0"
             )
 
-    def _modality(self, folder: Path) -> Depth:
-        return Depth(file_scale=_description(folder).get("depth_scale", 0.0))
+    def _modality(self, folder: Path) -> Modality:
+        return described(folder)
 
     def _read_names(self, folder: Path, split: str) -> list[str]:
         return _manifest_names(folder, split, self._records)

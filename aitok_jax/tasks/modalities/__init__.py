@@ -3,5 +3,6 @@
 from aitok_jax.tasks.modalities.depth import Depth
 from aitok_jax.tasks.modalities.modality import Modality
 from aitok_jax.tasks.modalities.normals import Normals
+from aitok_jax.tasks.modalities.semantic import Semantic
 
-MODALITIES: dict[str, type[Modality]] = {modality.name: modality for modality in (Depth, Normals)}
+MODALITIES: dict[str, type[Modality]] = {modality.name: modality for modality in (Depth, Normals, Semantic)}

@@ -1,7 +1,7 @@
 """Depth along the camera's axis in metres, float32[H,W], 0 where there is no annotation (arXiv 2301.02229, VQ-VAE)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,9 +37,16 @@ class Depth(Modality):
     headline: ClassVar[tuple[str, str]] = ("rmse", "min")
     pair: ClassVar[str] = "sync_depth_{}.png"
     suffixes: ClassVar[tuple[str, ...]] = depth_files.SUFFIXES
+    file_fields: ClassVar[Mapping[str, str]] = {"depth_scale": "file_scale"}
 
     max_depth: float = 10.0
     file_scale: float = 0.0
+
+    def __post_init__(self):
+        if self.file_scale < 0:
+            raise ValueError(
+                f"depth_scale={self.file_scale}, the values a metre in files, must be above 0; 0 takes millimetres"
+            )
 
     def encode(self, map_: Any) -> Any:
         return map_[..., None]

@@ -14,11 +14,32 @@ from aitok_jax.image import resize
 
 
 class Tile(NamedTuple):
-    """A picture of a map for a panel: an array for imshow, options of it, and the label of a colour bar or ''."""
+    """A picture of a map for a panel: an array for imshow, options of it, and the label of a colour bar or ''.
+
+    `names` of colours, RGB of 0..255, stand below it.
+    """
 
     values: np.ndarray
     style: Mapping[str, Any]
     unit: str
+    names: Mapping[str, Sequence[int]] = {}
+
+
+class Layout(NamedTuple):
+    """The folders of a public data set.
+
+    Attributes:
+        images, maps: folders, with the same folders in them.
+        endings: of an image's name without suffix, and of its map's in the place of that.
+        val: the folder in both that is evaluated on.
+        fields: of the modality.
+    """
+
+    images: str
+    maps: str
+    endings: tuple[str, str]
+    val: str
+    fields: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +51,9 @@ class Modality(abc.ABC):
 
     Attributes:
         name: key of batches, results and metrics; name of its codes in the vocabulary, suffix of its files.
-        channels: of the VQ-VAE's input and output.
+        channels: of the VQ-VAE's input and output; a property where it depends on fields.
         map_axes: the axes of a map after height and width.
+        missing: what a map holds where there is no annotation.
         task_id: its row in the solver's task and position tables; 0 and 1 are those of objects.
         objective: the VQ-VAE's default, of `vqvae.OBJECTIVES`.
         unit: of `error`.
@@ -40,11 +62,15 @@ class Modality(abc.ABC):
         pair: the map's file in the NYUv2 layout, where '{}' stands for NNNNN of `rgb_NNNNN.jpg`.
         writes: suffixes of the files that `write` makes.
         suffixes: of files that `read` takes, for the same name as that of `pair`.
+        file_fields: keys of a configuration's `data` -> the fields that they set for `read`.
+        layouts: of public data sets that are read as they are.
+        source: the modality whose maps tell those of this one, see `derived`; '' for none.
     """
 
     name: ClassVar[str]
     channels: ClassVar[int]
     map_axes: ClassVar[tuple[int, ...]]
+    missing: ClassVar[float] = 0.0
     task_id: ClassVar[int]
     objective: ClassVar[str]
     unit: ClassVar[str]
@@ -53,6 +79,20 @@ class Modality(abc.ABC):
     pair: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]] = (".png",)
     writes: ClassVar[tuple[str, ...]] = (".npy", ".png")
+    file_fields: ClassVar[Mapping[str, str]] = {}
+    layouts: ClassVar[tuple[Layout, ...]] = ()
+    source: ClassVar[str] = ""
+
+    @classmethod
+    def told(cls, folder: Path) -> dict[str, Any]:
+        """Fields that files in a folder of images and maps tell."""
+        del folder
+        return {}
+
+    @property
+    def legend(self) -> dict[str, Any]:
+        """What a prediction says besides the map, by name; such as the names of its numbers."""
+        return {}
 
     @abc.abstractmethod
     def encode(self, map_: Any) -> Any:
@@ -74,7 +114,7 @@ class Modality(abc.ABC):
     def auxiliary(self, raw_BHWC: jax.Array, map_: jax.Array) -> dict[str, jax.Array]:
         """The loss through soft tokens (arXiv 2301.02229, soft token) by its name: f32 scalars, which are added.
 
-        Over the annotated pixels of all maps together: a map without any, all zeros, changes nothing.
+        Over the annotated pixels of all maps together: a map without any, all `missing`, changes nothing.
         """
 
     def mirror(self, map_: Any) -> Any:
@@ -104,13 +144,25 @@ class Modality(abc.ABC):
     def error(self, prediction: Any, map_: Any) -> Any:
         """f32[B,H,W], at least 0, in `unit`: of every pixel, any number where there is no annotation (any library)."""
 
+    def summary(self, errors: np.ndarray) -> str:
+        """What a panel says of the `error` of the annotated pixels of an image, of which there are some."""
+        return f"RMSE {np.sqrt(np.mean(np.square(errors))):.2f} {self.unit}"
+
     @abc.abstractmethod
     def metrics(self, prediction: jax.Array, map_: jax.Array, valid_BHW: jax.Array) -> dict[str, jax.Array]:
-        """f32[B] by name: of each image over its valid pixels, NaN where there are none."""
+        """[B] or [B,...] by name: of each image over its valid pixels; anything where there are none."""
+
+    def overall(self, means: Mapping[str, Any]) -> dict[str, float]:
+        """The numbers of a data set from the means of `metrics`, and others, over its images."""
+        return dict(means)
 
     @abc.abstractmethod
     def read(self, content: bytes) -> np.ndarray:
         """A map f32[H,W,...] from a file's bytes; ValueError that says what is wrong with it and the way out."""
+
+    def derived(self, map_: np.ndarray, fov: float) -> bytes:
+        """A file that `read` takes, from a map of `source`; `fov`: the camera's horizontal field of view in degrees."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def write(self, target: str | Path, map_: np.ndarray) -> None:

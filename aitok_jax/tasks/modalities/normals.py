@@ -4,6 +4,8 @@ They point out of the surface, towards the camera. All zero where there is no an
 """
 
 import dataclasses
+import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from aitok_jax.image import open_image, save_npy, save_png
 from aitok_jax.tasks.modalities.modality import Modality, Tile, masked_mean
@@ -18,6 +21,7 @@ from aitok_jax.tasks.modalities.modality import Modality, Tile, masked_mean
 WITHIN = (11.25, 22.5, 30.0)  # degrees, of the usual shares of pixels
 _PICTURED = np.array([1, -1, -1], np.float32)  # pictures count upwards and towards the camera
 _TINY = 1e-6
+_ROWS = 240  # of an image whose neighbouring pixels tell a slope; of larger ones, pixels farther apart do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Normals(Modality):
     meaning: ClassVar[str] = "unit vectors in camera coordinates: x right, y down, z away from the camera"
     headline: ClassVar[tuple[str, str]] = ("mean_angle", "min")
     pair: ClassVar[str] = "normals_{}.png"
+    source: ClassVar[str] = "depth"
 
     def encode(self, map_: Any) -> Any:
         return map_
@@ -81,6 +86,11 @@ class Normals(Modality):
         save_npy(f"{target}_normals.npy", map_)
         save_png(f"{target}_normals.png", colors(map_))
 
+    def derived(self, map_: np.ndarray, fov: float) -> bytes:
+        content = io.BytesIO()
+        Image.fromarray(colors(from_depth(map_, fov))).save(content, format="PNG")
+        return content.getvalue()
+
     def tiles(self, maps: Sequence[np.ndarray]) -> list[Tile]:
         return [Tile(colors(map_), {}, "") for map_ in maps]
 
@@ -91,6 +101,34 @@ def colors(map_: np.ndarray) -> np.ndarray:
     That is red 127.5 (1 + x), green 127.5 (1 - y), blue 127.5 (1 - z).
     """
     return np.clip(np.round((_PICTURED * map_ + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def from_depth(depth: np.ndarray, fov: float) -> np.ndarray:
+    """f32[H,W,3]: the normals of a depth map, 0 where it, or what a slope takes, is missing.
+
+    A slope goes to the neighbour, on either side, whose depth is nearer to the pixel's, and so not over an edge.
+    """
+    height, width = depth.shape
+    focal, step = width / 2 / math.tan(math.radians(fov) / 2), max(round(height / _ROWS), 1)
+    y, x = np.mgrid[:height, :width] + 0.5
+    rays = np.stack([(x - width / 2) / focal, (y - height / 2) / focal, np.ones_like(x)], -1)
+    points = depth[..., None] * rays
+
+    def slope(axis: int) -> np.ndarray:
+        wide = np.pad(points, [(step, step) if i == axis else (0, 0) for i in range(3)])
+        before, after = (np.take(wide, np.arange(height if axis == 0 else width) + s, axis) for s in (0, 2 * step))
+        ways = (points - before, after - points)
+        jumps = [
+            np.where(end[..., 2] > 0, np.abs(way[..., 2]), np.inf)
+            for end, way in zip((before, after), ways, strict=True)
+        ]
+        way = np.where((jumps[0] <= jumps[1])[..., None], *ways)
+        return np.where(np.isfinite(np.minimum(*jumps))[..., None], way, 0)
+
+    vectors = np.cross(slope(0), slope(1))
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    known = (length > 0) & (depth > 0)[..., None]
+    return np.where(known, vectors / np.where(known, length, 1), 0).astype(np.float32)
 
 
 def _unit(vectors: Any) -> Any:
