@@ -21,10 +21,11 @@ from toy_depth import picture
 from aitok_jax import Predictor, main, paths
 from aitok_jax.convert import __main__ as convert
 from aitok_jax.convert import weight_files
-from aitok_jax.data import datasets, scenes
+from aitok_jax.data import datasets, own, scenes
 from aitok_jax.data.sources import prepared
 from aitok_jax.predict.__main__ import main as predict
 from aitok_jax.training import checkpoint, events, lock
+from configs.common import maps_data
 
 gcsfs = pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("storage_emulator")
@@ -239,6 +240,29 @@ def test_prepared_data(bucket, tmp_path):
     assert [raw.train.read(i)["image"].tolist() for i in range(len(raw.train))] == [
         image["image"].tolist() for image in map(datasets.build(raw_coco(tmp_path)).train.read, range(len(raw.train)))
     ]
+
+
+@pytest.mark.parametrize("images", ["local", "bucket"])
+@pytest.mark.parametrize("maps", ["local", "bucket"])
+def test_maps_elsewhere_than_images(images, maps, bucket, tmp_path, monkeypatch):
+    places = {"local": tmp_path, "bucket": paths.expand(f"{bucket}/elsewhere_{images}_{maps}")}
+    for i in range(6):
+        picture = np.full((24, 32, 3), 40 * i, np.uint8), np.full((24, 32), 1000 + i, np.uint16)
+        for kind, place, array in zip(("images", "maps"), (images, maps), picture, strict=True):
+            with paths.writing(places[place] / kind / f"room {i // 2}" / f"{i}.png") as file:
+                Image.fromarray(array).save(file, format="PNG")
+    monkeypatch.chdir(tmp_path)
+    folder = "maps" if maps == "local" else str(places[maps] / "maps")
+    found = own.find_maps("depth", str(places[images] / "images"), tmp_path / "lists", maps=folder)
+    monkeypatch.chdir("/")
+    data = datasets.build(ConfigDict(maps_data("depth", size=16, recipe="solver", **found.data)))
+    by_url = images == "bucket" and maps == "local"
+    assert {"://" in name for name in data.train.names} == {by_url}
+    read = [source.read(i) for source in (data.train, data.eval) for i in range(len(source))]
+    assert (len(data.train), len(data.eval), len(read)) == (found.train, found.val, 6)
+    for example in read:
+        i = round(float(example["depth"].max()) * 1000) - 1000
+        assert (example["image"] == 40 * i).all()
 
 
 def test_conversion(bucket, tmp_path):

@@ -250,6 +250,12 @@ def test_configs_that_do_not_fit(prepared_nyu, tmp_path):
         datasets.build(data_config(prepared_nyu))
 
 
+def test_keys_of_folders_may_be_missing(prepared_nyu):
+    config = data_config(prepared_nyu)
+    less = {key: value for key, value in config.items() if not key.startswith(("train_", "test_", "render"))}
+    assert len(datasets.build(type(config)(less)).train) == 12
+
+
 def test_nyu_depth_v2_of_tfds(tmp_path, monkeypatch):
     rng, frames = np.random.default_rng(0), {}
     for split, count in (("train", 3), ("val", 2)):

@@ -86,12 +86,14 @@ def find_maps(
     _drop_broken(kind, images, pairs, on_error)
     chosen = to_evaluate(images, list(pairs), share, val)
     parts = {"train": [], "val": []}
+    local = paths.is_url(images) and not paths.is_url(other)  # the maps alone; lists name local files from their root
+    base = paths.absolute(other) if local else images
     for name, path in pairs.items():
-        place = str(path) if paths.is_url(path) else Path(os.path.relpath(path, images)).as_posix()
-        parts["val" if name in chosen else "train"].append(f"{name}\t{place}")
+        places = [_place(each, base) for each in (images / name, path)]
+        parts["val" if name in chosen else "train"].append("\t".join(places))
     for part, lines in parts.items():
         paths.write_text(lists / f"{part}.txt", "\n".join(lines) + "\n")
-    data = {"root": str(images), "train_list": str(lists / "train.txt"), "test_list": str(lists / "val.txt")}
+    data = {"root": str(base), "train_list": str(lists / "train.txt"), "test_list": str(lists / "val.txt")}
     data |= {"test_subfolder": "", **{key: getattr(kind, field) for key, field in kind.file_fields.items()}}
     fields = {name: value for name, value in told.items() if name not in kind.file_fields.values()}
     return Found(data, len(parts["train"]), len(parts["val"]), fields=fields)
@@ -217,6 +219,13 @@ def _nyu_names(modality: Modality, folder: Path) -> dict[str, Path]:
             if map_path:
                 pairs[path.relative_to(folder).as_posix()] = map_path
     return pairs
+
+
+def _place(path: Path, base: Path) -> str:
+    """A path from a folder, or the URL of what lies elsewhere in a bucket."""
+    if paths.is_url(path):
+        return path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
+    return Path(os.path.relpath(path, base)).as_posix()
 
 
 def _folder(root: str) -> Path:
