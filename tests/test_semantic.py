@@ -13,6 +13,7 @@ from aitok_jax.evaluators.batches import Mean
 from aitok_jax.models import losses
 from aitok_jax.predict.views import NUM_VIEWS, average_views
 from aitok_jax.scenes.render import LABELS, render
+from aitok_jax.scenes.rooms import sample_room
 from aitok_jax.tasks.modalities import Semantic
 from aitok_jax.tasks.modalities.semantic import palette
 
@@ -209,6 +210,16 @@ def test_labels_of_scenes_are_those_of_their_objects_and_surfaces():
         assert not ceiling.any() or np.mean(up[ceiling] < -0.85) > 0.95
         assert np.mean(np.abs(up[walls]) < 0.6) > 0.97
         assert walls.sum() > 100
+
+
+def test_what_is_fixed_belongs_to_the_face_that_it_is_fixed_to():
+    for seed in range(8):
+        world, _ = sample_room(np.random.default_rng(seed))
+        fixed = world.solid_object < 0
+        center, faces = world.solids.center[fixed], world.solid_face[fixed]
+        distance = np.concatenate([center, world.room - center], 1)[np.arange(len(faces)), faces % 2 * 3 + faces // 2]
+        assert distance.max() < 0.07
+        assert {4, 5} - set(faces) <= {4}, "a lamp is under every ceiling"
 
 
 def test_labels_that_scenes_write_come_back(tmp_path):

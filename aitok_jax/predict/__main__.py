@@ -4,8 +4,9 @@
 
 writes for each image NAME.ext, at the image's own size and orientation, NAME_panel.png and
 
-- for a dense map: what its modality writes, NAME_TASK.npy and a picture, NAME_confidence.npy (float32, 0..1) and, of a
-  map of distances, where --ply_fov gives the camera's horizontal field of view in degrees, NAME_points.ply;
+- for a dense map: what its modality writes, NAME_TASK.npy and a picture, or of classes an indexed NAME_TASK.png with
+  their names in NAME_TASK.json; NAME_confidence.npy (float32, 0..1) and, of a map of distances, where --ply_fov gives
+  the camera's horizontal field of view in degrees, NAME_points.ply;
 - for instances and detection: NAME_instances.json, all objects as a list of COCO results with NAME as `image_id`, or
   with the id that the image has in --annotations. The panel shows those whose score is at least --min_score.
 
