@@ -106,7 +106,11 @@ PLAN = load("finetune", "depth")
 
 
 @pytest.mark.parametrize(
-    "place", [*(set(PLAN) - {"finetune"}), *(f"{outer}.{key}" for outer in ("data", "finetune") for key in PLAN[outer])]
+    "place",
+    [
+        *(key for key in PLAN if key != "finetune"),
+        *(f"{outer}.{key}" for outer in ("data", "finetune") for key in PLAN[outer]),
+    ],
 )
 def test_of_a_plan(place, tmp_path):
     parent, _, key = place.rpartition(".")
