@@ -3,8 +3,9 @@
     python -m aitok_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Arguments: `configs/quickstart.py:parallel` (depth alone, all tokens in one pass; objects need steps), `:normals`
-(surface normals alone), `:semantic` (the classes of pixels alone), `:soft=false` (none of the three soft-token uses),
-`:long` (more scenes and steps, for better weights), `:smoke` (a few steps of everything, for tests).
+(surface normals alone), `:semantic` (the classes of pixels alone), `:all` (depth, normals, classes and instances by one
+set of weights), `:soft=false` (none of the three soft-token uses), `:long` (more scenes and steps, for better weights),
+`:smoke` (a few steps of everything, for tests).
 
 WORKDIR/metrics.json then holds depth/… and instances/… (soft decoding), depth_hard/… and instances_hard/… (the same
 weights, hard decoding), baseline/… (the mean map of the training set), tokenizer/… and mask_tokenizer/… (tokenize and
@@ -41,7 +42,14 @@ MASK_TOKENIZER = DEPTH_TOKENIZER | {
     "max_value": 1.0,
     "soft_temperature": 1.0,
 }
-ALONE = {"normals": (NORMALS_TOKENIZER, {}), "semantic": (SEMANTIC_TOKENIZER, {"classes": LABELS})}
+MAPS = {  # their tokenizers, and the fields of the modality
+    "depth": (DEPTH_TOKENIZER, {}),
+    "normals": (NORMALS_TOKENIZER, {}),
+    "semantic": (SEMANTIC_TOKENIZER, {"classes": LABELS}),
+}
+ALONE = ("normals", "semantic")
+BATCHES = {"depth": 2, "normals": 2, "semantic": 2, "instances": 8}  # images of a batch in a joint model
+MAP_WEIGHT = 0.3  # of the loss of each map there, beside that of instances
 TOKENS = OBJECTS * (5 + (CROP // MASK_TOKENIZER["downsample"]) ** 2)  # of an image's objects; its maps have fewer
 QUICK = {"scenes": 9000, "test_scenes": 300, "eval_batch_size": 64, "log_every": 50}
 QUICK |= {
@@ -51,11 +59,12 @@ QUICK |= {
     "depth": 5000,
     "normals": 5000,
     "semantic": 5000,
+    "all": 6000,
 }  # steps of the stages
 LONG = QUICK | {"scenes": 24000, "tokenizer": 4000, "mask_tokenizer": 4000}
-LONG |= {"joint": 18000, "depth": 15000, "normals": 15000, "semantic": 15000}
+LONG |= {"joint": 18000, "all": 18000, "depth": 15000, "normals": 15000, "semantic": 15000}
 SMOKE = {"scenes": 96, "test_scenes": 16, "eval_batch_size": 16, "log_every": 4}
-SMOKE |= dict.fromkeys(("tokenizer", "mask_tokenizer", "joint", "depth", "normals", "semantic"), 8)
+SMOKE |= dict.fromkeys(("tokenizer", "mask_tokenizer", "joint", "all", "depth", "normals", "semantic"), 8)
 
 
 def rendered(budget: dict) -> dict:
@@ -76,7 +85,8 @@ def object_data(name: str, budget: dict, **fields) -> dict:
 
 
 def stage(name: str, task: dict, data: dict, batch_size: int | dict, budget: dict, **fields) -> dict:
-    tokenizer, steps, evaluated = "tokenizer" in name, budget[name], budget["eval_batch_size"]
+    tokenizer, evaluated = "tokenizer" in name, budget["eval_batch_size"]
+    steps = budget[name if name in budget else "tokenizer"]  # those of all maps have as many
     return common.run(
         name=name,
         task=task,
@@ -156,14 +166,20 @@ def instance_fields() -> dict:
     }
 
 
-def map_tokenizer(modality: str, tokenizer: dict, budget: dict, **fields) -> dict:
-    """`fields` are the modality's."""
+def map_tokenizer(modality: str, budget: dict, name: str = "tokenizer") -> dict:
+    tokenizer, fields = MAPS[modality]
     task = {"name": f"{modality}_tokenizer", "image_size": SIZE, "mask_ratio": 0.0, "tokenizer": tokenizer, **fields}
-    return stage("tokenizer", task, map_data(modality, "tokenizer", budget), 16, budget)
+    return stage(name, task, map_data(modality, "tokenizer", budget), 16, budget)
 
 
-def map_solver(modality: str, tokenizer: dict, parallel: bool, budget: dict, **fields) -> dict:
-    """One modality alone; `fields` are the modality's."""
+def mask_tokenizer(budget: dict) -> dict:
+    task = {"name": "mask_tokenizer", "image_size": CROP, "tokenizer": MASK_TOKENIZER}
+    return stage("mask_tokenizer", task, object_data("coco_masks", budget), 64, budget)
+
+
+def map_solver(modality: str, parallel: bool, budget: dict) -> dict:
+    """One modality alone."""
+    tokenizer, fields = MAPS[modality]
     task = {"name": modality, **shared_fields(parallel), **map_fields(tokenizer, parallel), **fields}
     return stage(
         modality,
@@ -177,20 +193,24 @@ def map_solver(modality: str, tokenizer: dict, parallel: bool, budget: dict, **f
     )
 
 
-def joint(budget: dict) -> dict:
-    parts = {"depth": {**map_fields(DEPTH_TOKENIZER, False), "loss_weight": 0.3}, "instances": instance_fields()}
+def joint_solver(name: str, tokenizers: dict, budget: dict) -> dict:
+    """Instances and the modalities whose tokenizers are in these stages, by one set of weights."""
+    parts = {}
+    for modality in tokenizers:
+        tokenizer, fields = MAPS[modality]
+        parts[modality] = {**map_fields(tokenizer, False), **fields, "loss_weight": MAP_WEIGHT}
+    parts["instances"] = instance_fields()
     objects = {"size": SIZE, "num_objects": OBJECTS, "jitter": (1.0, 1.0), "order": "left_to_right"}
+    data = {modality: map_data(modality, "solver", budget) for modality in tokenizers}
+    places = {**tokenizers, "mask": "mask_tokenizer"}
     return stage(
-        "joint",
+        name,
         {"name": "solver", "shared": shared_fields(False), "parts": parts},
-        {"depth": map_data("depth", "solver", budget), "instances": object_data("coco", budget, **objects)},
-        {"depth": 2, "instances": 8},
+        {**data, "instances": object_data("coco", budget, **objects)},
+        {part: BATCHES[part] for part in parts},
         budget,
-        start_from={
-            "model_state/depth_tokenizer": "{workdir}/tokenizer",
-            "model_state/mask_tokenizer": "{workdir}/mask_tokenizer",
-        },
-        eval_variants={"depth": {"depth_hard": common.HARD}, "instances": {"instances_hard": common.HARD}},
+        start_from={f"model_state/{kind}_tokenizer": f"{{workdir}}/{place}" for kind, place in places.items()},
+        eval_variants={part: {f"{part}_hard": common.HARD} for part in parts},
         eval_baseline=True,
     )
 
@@ -205,25 +225,26 @@ def without_soft_tokens(solver: dict) -> dict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    flags = dict.fromkeys(("parallel", *ALONE), False)
-    arg = parse_arg(arg, **flags, soft=True, long=False, smoke=False)
+    models = dict.fromkeys(("parallel", *ALONE, "all"), False)
+    arg = parse_arg(arg, **models, soft=True, long=False, smoke=False)
     budget = SMOKE if arg.smoke else LONG if arg.long else QUICK
-    chosen = [name for name in ALONE if arg[name]]
-    if len(chosen) > 1:
-        raise ValueError(f"config arguments {' and '.join(chosen)}: each is a model alone; give one")
-    if chosen:
+    chosen = [name for name in (*ALONE, "all") if arg[name]]
+    if len(chosen) > 1 or (arg.all and arg.parallel):
+        names = [*chosen, *(["parallel"] if arg.parallel else [])]
+        raise ValueError(f"config arguments {' and '.join(names)}: each is another model; give one")
+    if chosen and not arg.all:
         (name,) = chosen
-        tokenizer, fields = ALONE[name]
-        stages = {"tokenizer": map_tokenizer(name, tokenizer, budget, **fields)}
-        stages[name] = map_solver(name, tokenizer, arg.parallel, budget, **fields)
+        stages = {"tokenizer": map_tokenizer(name, budget), name: map_solver(name, arg.parallel, budget)}
     elif arg.parallel:
-        stages = {"tokenizer": map_tokenizer("depth", DEPTH_TOKENIZER, budget)}
-        stages["depth"] = map_solver("depth", DEPTH_TOKENIZER, True, budget)
+        stages = {"tokenizer": map_tokenizer("depth", budget), "depth": map_solver("depth", True, budget)}
     else:
-        stages = {"tokenizer": map_tokenizer("depth", DEPTH_TOKENIZER, budget)}
-        task = {"name": "mask_tokenizer", "image_size": CROP, "tokenizer": MASK_TOKENIZER}
-        stages["mask_tokenizer"] = stage("mask_tokenizer", task, object_data("coco_masks", budget), 64, budget)
-        stages["joint"] = joint(budget)
+        places = {"depth": "tokenizer"}
+        if arg.all:
+            places |= {name: f"{name}_tokenizer" for name in ALONE}
+        stages = {place: map_tokenizer(name, budget, place) for name, place in places.items()}
+        stages["mask_tokenizer"] = mask_tokenizer(budget)
+        solver = "all" if arg.all else "joint"
+        stages[solver] = joint_solver(solver, places, budget)
     if not arg.soft:
         *_, solver = stages
         stages[solver] = without_soft_tokens(stages[solver])

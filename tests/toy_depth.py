@@ -24,6 +24,8 @@ class ToyPart:
     answers: ClassVar[tuple[str, ...]] = ("depth",)
 
     image_size: int = 48
+    pad_to: int = 0
+    normalize_image: bool = False
     flip: bool = False
     blend: bool = False
     eval_crop: None = None

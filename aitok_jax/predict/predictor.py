@@ -18,6 +18,7 @@ from aitok_jax.predict.views import NUM_VIEWS, average_views, view
 from aitok_jax.tasks import paste
 from aitok_jax.tasks.arguments import check_path, check_process, whole_number
 from aitok_jax.tasks.base import compiled_predict
+from aitok_jax.tasks.maps import MapsTogether, seen_alike
 from aitok_jax.training import checkpoint
 
 BATCH_SIZE = 4
@@ -75,13 +76,16 @@ class Predictor:
     def __call__(
         self,
         image: np.ndarray | Sequence[np.ndarray],
-        task: str | None = None,
+        task: str | Sequence[str] | None = None,
         *,
         min_score: float = 0.0,
         augment: bool = False,
         batch_size: int = BATCH_SIZE,
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """Predicts an image, or a list of images.
+
+        Several tasks give what each of them gives, by its name: `predictor(image, predictor.tasks)`.
+        Maps that see images alike cost one pass of the backbone together.
 
         Maps: the image is resized to the model's scale: short side to the part's `image_size`, aspect ratio (long side
         to short side) rounded to a multiple of 1/15, so that images of any size compile few programs; a 4:3 image keeps
@@ -98,7 +102,7 @@ class Predictor:
 
         Args:
             image: uint8[H,W,3] RGB of any size (maps: at most 8 times longer than its short side), or a list of such.
-            task: what to predict, one of `tasks`; None is the first of them.
+            task: what to predict, one of `tasks`, or several; None is the first of them.
             min_score: objects of a lower score are left out; 0..1.
             augment: for maps, average over the mirror image, whatever the part's `flip`, and over enlarged corners
                 (see `views.average_views`); takes five times as long, or ten where `flip` is off.
@@ -115,19 +119,24 @@ class Predictor:
             ValueError: an image of another type or shape or with masked pixels, a task that this model does not do, a
                 score outside 0..1, a batch size below 1, or `augment` for objects.
         """
-        task = self.choose(task)
+        several = isinstance(task, (list, tuple))
+        chosen = [self.choose(each) for each in task] if several else [self.choose(task)]
+        if not chosen:
+            raise ValueError(f"task={task!r} names nothing; give one or more of {', '.join(map(repr, self.tasks))}")
         _check_score(min_score)
         if not isinstance(augment, (bool, np.bool_)):
             raise ValueError(f"augment={augment!r} must be True or False")
         images, many = _listed(image)
-        if self.parts[task].kind == "maps":
-            results = self._maps(self.parts[task], images, augment, batch_size)
-        elif augment:
-            raise ValueError(f"augment=True is for maps, not for task={task!r}; leave it out")
-        else:
-            found = self.coco_results(images, task, min_score=min_score, batch_size=batch_size)
-            sizes = [one.shape[:2] if task == "instances" else None for one in images]
-            results = [_arrays(*args, self.categories) for args in zip(found, sizes, strict=True)]
+        maps = {each: self.parts[each] for each in chosen if self.parts[each].kind == "maps"}
+        objects = [each for each in chosen if each not in maps]
+        if augment and objects:
+            raise ValueError(f"augment=True is for maps, not for task={objects[0]!r}; leave it out")
+        found = {each: self._objects(each, images, min_score, batch_size) for each in objects}
+        for parts in seen_alike(maps.values()):
+            found |= self._maps(parts, images, augment, batch_size)
+        results = [{each: found[each][i] for each in chosen} for i in range(len(images))]
+        if not several:
+            results = [result[chosen[0]] for result in results]
         return results if many else results[0]
 
     def coco_results(
@@ -173,34 +182,43 @@ class Predictor:
             results[i] = sorted(found, key=lambda result: -result["score"])
         return results if many else results[0]
 
-    def _maps(self, part: Any, images: Sequence[np.ndarray], augment: bool, batch_size: int) -> list[dict[str, Any]]:
+    def _objects(
+        self, task: str, images: Sequence[np.ndarray], min_score: float, batch_size: int
+    ) -> list[dict[str, Any]]:
+        found = self.coco_results(images, task, min_score=min_score, batch_size=batch_size)
+        sizes = [image.shape[:2] if task == "instances" else None for image in images]
+        return [_arrays(*args, self.categories) for args in zip(found, sizes, strict=True)]
+
+    def _maps(
+        self, parts: Sequence[Any], images: Sequence[np.ndarray], augment: bool, batch_size: int
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Of maps that see images alike, by name, the results of all images."""
         if augment:
-            part = dataclasses.replace(part, flip=True)
-        modality, count = part.modality, NUM_VIEWS if augment else 1
-        sizes = [model_size(*image.shape[:2], part.image_size) for image in images]
+            parts = [dataclasses.replace(part, flip=True) for part in parts]
+        count, (first, *others) = NUM_VIEWS if augment else 1, parts
+        together = MapsTogether(tuple(parts)) if others else first
+        sizes = [model_size(*image.shape[:2], first.image_size) for image in images]
 
         def seen(k):
             i, number = divmod(k, count)
             return view(images[i], number, *sizes[i]).astype(np.float32) / 255
 
-        results: list[dict[str, Any]] = [{} for _ in images]
-        views: list[list[dict[str, np.ndarray]]] = [[] for _ in images]
-        for k, outputs in self._outputs(part, [size for size in sizes for _ in range(count)], seen, batch_size):
+        modalities = {part.modality.name: part.modality for part in parts}
+        results: dict[str, list[dict[str, Any]]] = {name: [{} for _ in images] for name in modalities}
+        views: list[list[dict[str, Any]]] = [[] for _ in images]
+        for k, outputs in self._outputs(together, [size for size in sizes for _ in range(count)], seen, batch_size):
             i = k // count
-            views[i].append(outputs)  # in order: all have one size
+            views[i].append(outputs if others else {first.modality.name: outputs})  # in order: all have one size
             if len(views[i]) == count:
-                maps, views[i] = average_views(views[i], modality), []
-                height, width = images[i].shape[:2]
-                results[i] = {
-                    modality.name: modality.resized(maps[modality.name], height, width),
-                    "confidence": np.clip(resize(maps["confidence"], height, width), 0, 1),
-                    **modality.legend,
-                }
+                for name, modality in modalities.items():
+                    own = [each[name] for each in views[i]]
+                    results[name][i] = _whole(modality, own, images[i].shape[:2])
+                views[i] = []
         return results
 
     def _outputs(
         self, part: Any, sizes: Sequence[Any], seen: Callable[[int], np.ndarray], batch_size: int
-    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """(i, what the model says of `seen(i)`) for every image; those of one size come after each other.
 
         JAX's 64-bit mode is off: what the model was trained with is 32 bits wide.
@@ -213,9 +231,9 @@ class Predictor:
             # one seed for all, so that sampling does not depend on an image's place in the batch
             with jax.enable_x64(False):
                 outputs = predict(*self.weights, {"image": images, "id": np.zeros(rows, np.int32)})
-            outputs = {name: np.asarray(values) for name, values in outputs.items()}
+            outputs = jax.tree.map(np.asarray, outputs)
             for row, i in enumerate(indices):
-                yield i, {name: values[row].copy() for name, values in outputs.items()}
+                yield i, jax.tree.map(lambda values, row=row: values[row].copy(), outputs)
 
 
 def plan_batches(sizes: Sequence[Any], batch_size: int) -> list[tuple[list[int], int]]:
@@ -235,6 +253,16 @@ def plan_batches(sizes: Sequence[Any], batch_size: int) -> list[tuple[list[int],
     for part in parts:
         planned += [(part, batch_size)] if 2 * len(part) > batch_size else [([i], 1) for i in part]
     return planned
+
+
+def _whole(modality: Any, views: Sequence[Mapping[str, np.ndarray]], size: tuple[int, int]) -> dict[str, Any]:
+    """A map and its confidence at the size of its image, from those of the image's views."""
+    maps = average_views(views, modality)
+    return {
+        modality.name: modality.resized(maps[modality.name], *size),
+        "confidence": np.clip(resize(maps["confidence"], *size), 0, 1),
+        **modality.legend,
+    }
 
 
 def _arrays(

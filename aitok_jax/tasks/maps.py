@@ -1,7 +1,7 @@
 """A dense map from one image as a sequence of tokens (arXiv 2301.02229), of any modality."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -162,15 +162,7 @@ class MapPart:
             modality's `spread` of the codes under the token's probabilities, bilinear between the tokens. 1 where the
             solver is sure of one value, 1/2 where it wavers by one unit.
         """
-
-        def square(images_BHWC):
-            return self.detokenize(model_state, self.decode(params, self.memory(params, images_BHWC)))
-
-        def mirror(maps):
-            return {**maps, "map": self.modality.mirror(maps["map"])}
-
-        maps = predict_windows(square, batch["image"], flip=self.flip, blend=self.blend, mirror=mirror)
-        return {self.modality.name: self.modality.finish(maps["map"]), "confidence": maps["confidence"]}
+        return MapsTogether((self,)).predict(params, model_state, batch)[self.modality.name]
 
     def memory(self, params: Tree, images_BHWC: jax.Array) -> list:
         """Keys and values of square images [B,S,S,3] in 0..1 for every decoder layer."""
@@ -229,6 +221,41 @@ class MapPart:
         spread_Bhw = self._to_grid(self.modality.spread(jax.nn.softmax(logits_BTK), values_KC))
         shape = (spread_Bhw.shape[0], self.image_size, self.image_size)
         return 1 / (1 + jax.image.resize(spread_Bhw, shape, "bilinear"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MapsTogether:
+    """Several maps of one model which see images alike (`seen_alike`): backbone and encoder run once."""
+
+    parts: tuple[MapPart, ...]
+
+    def predict(self, params: Tree, model_state: Tree, batch: Batch) -> dict[str, dict[str, jax.Array]]:
+        """What `MapPart.predict` says of each map, by the name of its modality."""
+        parts = {part.modality.name: part for part in self.parts}
+        first = self.parts[0]
+
+        def square(images_BHWC):
+            memory = first.memory(params, images_BHWC)
+            found = {name: part.detokenize(model_state, part.decode(params, memory)) for name, part in parts.items()}
+            return {(name, kind): x for name, maps in found.items() for kind, x in maps.items()}
+
+        def mirror(maps):
+            return maps | {(name, "map"): part.modality.mirror(maps[name, "map"]) for name, part in parts.items()}
+
+        maps = predict_windows(square, batch["image"], flip=first.flip, blend=first.blend, mirror=mirror)
+        return {
+            name: {name: part.modality.finish(maps[name, "map"]), "confidence": maps[name, "confidence"]}
+            for name, part in parts.items()
+        }
+
+
+def seen_alike(parts: Iterable[MapPart]) -> list[list[MapPart]]:
+    """Parts of one model, in groups that can be predicted together."""
+    groups: dict[tuple, list[MapPart]] = {}
+    for part in parts:
+        sight = (part.image_size, part.pad_to, part.normalize_image, part.flip, part.blend)
+        groups.setdefault(sight, []).append(part)
+    return list(groups.values())
 
 
 def _check(part: MapPart) -> None:

@@ -42,6 +42,7 @@ RUNS = (
     "quickstart:normals/normals",
     "quickstart:semantic/tokenizer",
     "quickstart:semantic/semantic",
+    "quickstart:all/all",
 )
 TOKENIZER = {"hidden": 4, "downsample": 8, "num_res_blocks": 1, "num_codes": 8, "code_dim": 8}
 SOLVER = {"dim": 16, "num_heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 1, "max_length": 64}
