@@ -79,7 +79,7 @@ def test_steps_follow_the_data():
     assert finetune._steps("depth", 400, 0) == 750
     assert finetune._steps("depth", 400, 8) == 1500
     assert finetune._steps("depth", 10**6, 0) == 3000
-    assert finetune._steps("instances", 40, 0) == 1250
+    assert finetune._steps("instances", 40, 0) == 2500
 
 
 @pytest.mark.parametrize(

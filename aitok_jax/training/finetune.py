@@ -38,7 +38,7 @@ TOKENIZER = {  # of a modality that the weights have none of
 }
 STEPS = {  # of the solver: so many epochs, between these numbers of steps
     "maps": (30, 100, 3000),
-    "objects": (500, 1000, 6000),
+    "objects": (1000, 1000, 6000),
 }
 TOKENIZER_STEPS = 1500
 LEARNING_RATES = {"maps": 5e-4, "objects": 1e-3}  # of the solver; twice that of maps forgets scenes unlike one's own
