@@ -1,11 +1,16 @@
 """Several tasks of one image, asked for at once."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 import tiny_runs
+from PIL import Image
 
 from aitok_jax import Predictor, tasks
+from aitok_jax.predict.__main__ import main
+from aitok_jax.predict.outputs import Results
 from aitok_jax.tasks import solver
 from aitok_jax.tasks.base import compiled_predict, variable_shapes
 
@@ -52,7 +57,7 @@ def test_each_task_says_what_it_says_alone(predictor):
     for name in names:
         for found, alone in zip(together, predictor(images, name), strict=True):
             assert_same(found[name], alone)
-    (one,) = predictor(images[:1], ["depth"])
+    (one,) = predictor(images[:1], ("depth",))
     assert_same(one["depth"], together[0]["depth"])
     assert_same(predictor(images[0], names)["normals"], together[0]["normals"])
 
@@ -83,3 +88,56 @@ def test_what_cannot_be_asked_together(predictor):
         predictor(image, ("depth", "flow"))
     with pytest.raises(ValueError, match="augment=True is for maps, not for task='instances'"):
         predictor(image, ("depth", "instances"), augment=True)
+
+
+@pytest.fixture
+def command(predictor, monkeypatch, tmp_path):
+    monkeypatch.setattr(Predictor, "load", lambda path: predictor)
+    for name in "ab":
+        Image.fromarray(photo(32, 40)).save(tmp_path / f"{name}.png")
+    return [
+        "--checkpoint=any",
+        "--image",
+        str(tmp_path / "a.png"),
+        str(tmp_path / "b.png"),
+        f"--out={tmp_path / 'out'}",
+    ]
+
+
+def test_the_command_writes_files_of_every_task(command, predictor, tmp_path):
+    assert main([*command, "--task=depth,normals,instances", "--ply_fov=60"]) == 0
+    endings = ["depth.npy", "depth.png", "depth_confidence.npy", "depth_panel.png", "depth_points.ply", "normals.npy"]
+    endings += ["normals.png", "normals_confidence.npy", "normals_panel.png", "instances.json", "instances_panel.png"]
+    names = {f"{stem}_{ending}" for stem in "ab" for ending in endings}
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == names | {"results.json", "categories.json", Results.INDEX}
+    expected = predictor(photo(32, 40), ("depth", "normals"))
+    for task in expected:
+        for name, file in ((task, f"a_{task}.npy"), ("confidence", f"b_{task}_confidence.npy")):
+            np.testing.assert_allclose(np.load(out / file), expected[task][name], atol=1e-5)
+    found = [json.loads((out / f"{stem}_instances.json").read_text()) for stem in "ab"]
+    assert json.loads((out / "results.json").read_text()) == [*found[0], *found[1]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task=depth,instances,detection"], "instances and detection are the same objects; give one of them"),
+        (["--task=depth,flow"], "task='flow' is not among"),
+        (["--task=depth,instances", "--augment"], "--augment is for maps, not for --task=instances"),
+        (
+            ["--task=normals,instances", "--ply_fov=60"],
+            "--ply_fov is for maps of distances, not for --task=normals,inst",
+        ),
+        (
+            ["--task=depth,normals", "--annotations=x.json"],
+            "--annotations is for objects, not for --task=depth,normals",
+        ),
+    ],
+)
+def test_what_the_command_refuses(command, words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, *words])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

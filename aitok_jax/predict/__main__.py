@@ -10,6 +10,8 @@ writes for each image NAME.ext, at the image's own size and orientation, NAME_pa
 - for instances and detection: NAME_instances.json, all objects as a list of COCO results with NAME as `image_id`, or
   with the id that the image has in --annotations. The panel shows those whose score is at least --min_score.
 
+Of several tasks, --task=A,B, panel, confidence and points are NAME_A_panel.png, NAME_B_panel.png and so on.
+
 Beside these, results.json holds the objects of all images, as pycocotools' `COCO.loadRes` takes them with the JSON of
 --annotations, and categories.json the classes. Their ids are those of the categories of the same names in
 --annotations; objects of classes that it does not have are not in results.json.
@@ -22,7 +24,7 @@ that is not in it is replaced only with --overwrite. Two images of one NAME are 
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         files, passed_over = find_images(options.image)
         stems = name_results(files)
         predictor = Predictor.load(options.checkpoint)
-        task = _checked(options, predictor)
+        tasks = _checked(options, predictor)
         ids, unlisted = stems, {}
         if options.annotations:
             annotations = coco_ids.Annotations(options.annotations)
             ids = annotations.of_files(list(stems))
             predictor.categories, unlisted = annotations.of_classes(predictor.categories)
-        together = [] if predictor.parts[task].kind == "maps" else outputs.TOGETHER
-        names = (result_names(predictor, task, stem, options) for stem in stems.values())
+        kinds = {predictor.parts[task].kind for task in tasks}
+        together = outputs.TOGETHER if "objects" in kinds else []
+        names = (result_names(predictor, tasks, stem, options) for stem in stems.values())
         results.check([*itertools.chain(*names), *together])
     except (ValueError, OSError) as error:
         _parser().error(str(error))
@@ -68,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed: list[Path] = []
     found: list[dict] = []
     with progress_bar(total=len(stems), unit="image", disable=len(stems) == 1) as bar:
-        for images in _read(list(stems), predictor.parts[task].kind, options.batch_size, failed, bar):
+        for images in _read(list(stems), kinds, options.batch_size, failed, bar):
             try:
-                found += outputs.write(predictor, task, images, stems, ids, results, options)
+                found += outputs.write(predictor, tasks, images, stems, ids, results, options)
             except OSError as error:
                 sys.exit(f"error: {error}; {bar.n} of {len(stems)} images are done")
             bar.update(len(images))
@@ -88,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m aitok_jax.predict", description="Predicts dense maps, or objects, from RGB images."
     )
     parser.add_argument("--checkpoint", required=True, help="run directory, directory of converted weights, or builtin")
-    parser.add_argument("--task", help="what to predict, of what the model can be asked for (default: the first)")
+    parser.add_argument(
+        "--task", help="what to predict, of what the model can be asked for, or several as a,b (default: the first)"
+    )
     parser.add_argument(
         "--image",
         nargs="+",
@@ -114,27 +119,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _checked(options: argparse.Namespace, predictor: Predictor) -> str:
-    """The task to predict. ValueError for options that do not fit it."""
-    task = predictor.choose(options.task)
+def _checked(options: argparse.Namespace, predictor: Predictor) -> list[str]:
+    """The tasks to predict. ValueError for options that do not fit them."""
+    given = [options.task] if options.task is None else options.task.split(",")
+    tasks = list(dict.fromkeys(predictor.choose(each) for each in given))
     if not 0 <= options.min_score <= 1:
         raise ValueError(f"--min_score={options.min_score} must be in 0..1; 0 keeps all objects")
     if options.batch_size < 1:
         raise ValueError(f"--batch_size={options.batch_size} must be at least 1")
-    part = predictor.parts[task]
-    if options.annotations and part.kind == "maps":
-        raise ValueError(f"--annotations is for objects, not for --task={task}; leave it out")
-    if options.augment and part.kind != "maps":
-        raise ValueError(f"--augment is for maps, not for --task={task}; leave it out")
+    named, parts = ",".join(tasks), [predictor.parts[task] for task in tasks]
+    objects = [task for task, part in zip(tasks, parts, strict=True) if part.kind == "objects"]
+    if len(objects) > 1:
+        raise ValueError(f"--task={named}: {' and '.join(objects)} are the same objects; give one of them")
+    if options.annotations and not objects:
+        raise ValueError(f"--annotations is for objects, not for --task={named}; leave it out")
+    if options.augment and objects:
+        raise ValueError(f"--augment is for maps, not for --task={objects[0]}; leave it out")
     if options.ply_fov is not None:
-        if part.kind != "maps" or part.modality.distance(np.zeros((1, 1), np.float32)) is None:
-            raise ValueError(f"--ply_fov is for maps of distances, not for --task={task}; leave it out")
+        if not any(outputs.tells_distances(part) for part in parts):
+            raise ValueError(f"--ply_fov is for maps of distances, not for --task={named}; leave it out")
         pointcloud.focal_length(1, options.ply_fov)
-    return task
+    return tasks
 
 
 def _read(
-    files: Sequence[Path], kind: str, count: int, failed: list[Path], bar: tqdm
+    files: Sequence[Path], kinds: Collection[str], count: int, failed: list[Path], bar: tqdm
 ) -> Iterator[dict[Path, np.ndarray]]:
     """The images, `count` files at a time; those that cannot be predicted are reported and added to `failed`."""
     for start in range(0, len(files), count):
@@ -142,7 +151,7 @@ def _read(
         for path in files[start : start + count]:
             try:
                 image = read_image(path)
-                if kind == "maps":
+                if "maps" in kinds:
                     model_size(*image.shape[:2], 1)
             except Exception as error:  # decoders raise many kinds; one bad file must not stop the others
                 tqdm.write(f"{paths.shown(path)}: cannot be predicted: {error}", file=sys.stderr)

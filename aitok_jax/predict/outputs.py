@@ -126,18 +126,37 @@ def name_results(files: Sequence[Path]) -> dict[Path, str]:
     return stems
 
 
-def result_names(predictor: Predictor, task: str, stem: str, options: argparse.Namespace) -> list[str]:
+def result_names(predictor: Predictor, tasks: Sequence[str], stem: str, options: argparse.Namespace) -> list[str]:
     """The files that `write` makes of an image."""
-    endings = ["instances.json", "panel.png"]
-    if predictor.parts[task].kind == "maps":
-        endings = [f"{task}{suffix}" for suffix in predictor.parts[task].modality.writes]
-        endings += ["confidence.npy", "panel.png", *["points.ply"] * (options.ply_fov is not None)]
-    return [f"{stem}_{ending}" for ending in endings]
+    names = []
+    for task in tasks:
+        shared, part = _shared(stem, task, tasks), predictor.parts[task]
+        if part.kind == "maps":
+            names += [f"{stem}_{task}{suffix}" for suffix in part.modality.writes]
+            names += [f"{shared}_confidence.npy", *[f"{shared}_points.ply"] * _has_points(part, options)]
+        else:
+            names.append(f"{stem}_instances.json")
+        names.append(f"{shared}_panel.png")
+    return names
+
+
+def tells_distances(part: Any) -> bool:
+    """Whether point clouds can be made of what it predicts."""
+    return part.kind == "maps" and part.modality.distance(np.zeros((1, 1), np.float32)) is not None
+
+
+def _has_points(part: Any, options: argparse.Namespace) -> bool:
+    return options.ply_fov is not None and tells_distances(part)
+
+
+def _shared(target: str | Path, task: str, tasks: Sequence[str]) -> str:
+    """What files begin with that every task makes one of."""
+    return f"{target}_{task}" if len(tasks) > 1 else str(target)
 
 
 def write(
     predictor: Predictor,
-    task: str,
+    tasks: Sequence[str],
     images: Mapping[Path, np.ndarray],
     stems: Mapping[Path, str],
     ids: Mapping[Path, int | str],
@@ -148,20 +167,26 @@ def write(
 
     Returns the objects of all of them as COCO results, `image_id` as `ids` has it.
     """
-    arrays, names = list(images.values()), [stems[path] for path in images]
-    if predictor.parts[task].kind == "maps":
-        predicted = predictor(arrays, task, augment=options.augment, batch_size=options.batch_size)
-        write_one = _write_map
-    else:
-        image_id = [ids[path] for path in images]
-        predicted = predictor.coco_results(arrays, task, image_id=image_id, batch_size=options.batch_size)
-        write_one = _write_objects
-    for path, name, one in zip(images, names, predicted, strict=True):
-        results.claim(result_names(predictor, task, name, options))
-        target = results.folder / name
-        panel = write_one(predictor, task, images[path], one, target, path.name, options)
-        save_png(f"{target}_panel.png", panel)
-    return [] if write_one is _write_map else list(itertools.chain(*predicted))
+    arrays, batch_size = list(images.values()), options.batch_size
+    maps = tuple(task for task in tasks if predictor.parts[task].kind == "maps")
+    of_maps = predictor(arrays, maps, augment=options.augment, batch_size=batch_size) if maps else [{} for _ in arrays]
+    of_objects = {
+        task: predictor.coco_results(arrays, task, image_id=[ids[path] for path in images], batch_size=batch_size)
+        for task in tasks
+        if task not in maps
+    }
+    for i, (path, image) in enumerate(images.items()):
+        results.claim(result_names(predictor, tasks, stems[path], options))
+        for task in tasks:
+            target, shared = (results.folder / name for name in (stems[path], _shared(stems[path], task, tasks)))
+            if task in maps:
+                panel = _write_map(
+                    predictor.parts[task], task, image, of_maps[i][task], target, shared, path.name, options
+                )
+            else:
+                panel = _write_objects(predictor, image, of_objects[task][i], target, path.name, options)
+            save_png(f"{shared}_panel.png", panel)
+    return list(itertools.chain(*itertools.chain(*of_objects.values())))
 
 
 def write_together(found: Sequence[dict], categories: Sequence[dict], results: Results) -> None:
@@ -173,19 +198,19 @@ def write_together(found: Sequence[dict], categories: Sequence[dict], results: R
         print(f"no objects: {TOGETHER[0]} is [], which pycocotools' COCO.loadRes does not take", file=sys.stderr)
 
 
-def _write_map(predictor, task, image, maps, target, title, options) -> np.ndarray:
-    """Writes a map as TARGET_... and returns its panel."""
-    modality, map_, confidence = predictor.parts[task].modality, maps[task], maps["confidence"]
+def _write_map(part, task, image, maps, target, shared, title, options) -> np.ndarray:
+    """Writes a map as TARGET_..., what every map has as SHARED_..., and returns its panel."""
+    modality, map_, confidence = part.modality, maps[task], maps["confidence"]
     modality.write(target, map_)
-    save_npy(f"{target}_confidence.npy", confidence)
-    if options.ply_fov is not None:
-        pointcloud.write_ply(f"{target}_points.ply", image, modality.distance(map_), options.ply_fov)
+    save_npy(f"{shared}_confidence.npy", confidence)
+    if _has_points(part, options):
+        pointcloud.write_ply(f"{shared}_points.ply", image, modality.distance(map_), options.ply_fov)
     small, step = _for_panel(image)
     shown = {"prediction": map_[::step, ::step], "confidence": confidence[::step, ::step]}
     return visualize.map_panel(modality, small, **shown, title=title)
 
 
-def _write_objects(predictor, task, image, found, target, title, options) -> np.ndarray:
+def _write_objects(predictor, image, found, target, title, options) -> np.ndarray:
     """Writes objects as TARGET_... and returns their panel."""
     paths.write_text(f"{target}_instances.json", json.dumps(found))
     small, step = _for_panel(image)

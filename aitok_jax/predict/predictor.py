@@ -76,7 +76,7 @@ class Predictor:
     def __call__(
         self,
         image: np.ndarray | Sequence[np.ndarray],
-        task: str | Sequence[str] | None = None,
+        task: str | tuple[str, ...] | None = None,
         *,
         min_score: float = 0.0,
         augment: bool = False,
@@ -84,7 +84,7 @@ class Predictor:
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """Predicts an image, or a list of images.
 
-        Several tasks give what each of them gives, by its name: `predictor(image, predictor.tasks)`.
+        A tuple of tasks gives what each of them gives, by its name: `predictor(image, predictor.tasks)`.
         Maps that see images alike cost one pass of the backbone together.
 
         Maps: the image is resized to the model's scale: short side to the part's `image_size`, aspect ratio (long side
@@ -102,7 +102,7 @@ class Predictor:
 
         Args:
             image: uint8[H,W,3] RGB of any size (maps: at most 8 times longer than its short side), or a list of such.
-            task: what to predict, one of `tasks`, or several; None is the first of them.
+            task: what to predict, one of `tasks`, or a tuple of them; None is the first of them.
             min_score: objects of a lower score are left out; 0..1.
             augment: for maps, average over the mirror image, whatever the part's `flip`, and over enlarged corners
                 (see `views.average_views`); takes five times as long, or ten where `flip` is off.
@@ -119,7 +119,7 @@ class Predictor:
             ValueError: an image of another type or shape or with masked pixels, a task that this model does not do, a
                 score outside 0..1, a batch size below 1, or `augment` for objects.
         """
-        several = isinstance(task, (list, tuple))
+        several = isinstance(task, tuple)
         chosen = [self.choose(each) for each in task] if several else [self.choose(task)]
         if not chosen:
             raise ValueError(f"task={task!r} names nothing; give one or more of {', '.join(map(repr, self.tasks))}")
