@@ -283,7 +283,7 @@ def test_scenes_are_made_once(bucket):
     scenes.ensure(root, **options)
     assert {path: path.stat().mtime for path in paths.files(paths.expand(root))} == before
     scenes.write(root, **options | {"train": 1})
-    assert len(paths.files(paths.expand(root))) == len(before) - 4  # an image and three maps
+    assert len(paths.files(paths.expand(root))) == len(before) - 5  # an image and four maps
 
 
 def test_a_folder_in_a_bucket_belongs_to_one_process(bucket, monkeypatch):

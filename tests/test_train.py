@@ -80,7 +80,7 @@ def toy(monkeypatch, compile_cache):
 
     monkeypatch.setattr(tasks, "build", build)
 
-    def build_data(config):
+    def build_data(config, modality):
         fingerprint = {"train": {"examples": toy.examples}}
         return SimpleNamespace(train=None, train_transform=None, fingerprint=lambda: fingerprint)
 

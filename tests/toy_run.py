@@ -143,7 +143,7 @@ def _run(values, workdir, *, devices, cache, output, slow, file_limit, stages, h
         number, address = host
         jax.distributed.initialize(address, num_processes=2, process_id=number)
     tasks.build = lambda _: LineTask()
-    setup.datasets.build = lambda _: SimpleNamespace(train=None, train_transform=None, fingerprint=dict)
+    setup.datasets.build = lambda config, modality: SimpleNamespace(train=None, train_transform=None, fingerprint=dict)
     loop.pipeline.train_batches = _train_batches
     loop.evaluators.metric_names = lambda _: ("error",)
     loop.evaluators.check_data = lambda *_: None
