@@ -161,8 +161,11 @@ class Modality(abc.ABC):
         """A map f32[H,W,...] from a file's bytes; ValueError that says what is wrong with it and the way out."""
 
     def derived(self, map_: np.ndarray, fov: float) -> bytes:
-        """A file that `read` takes, from a map of `source`; `fov`: the camera's horizontal field of view in degrees."""
-        raise NotImplementedError
+        """A file that `read` takes, from a map of `source`; `fov`: the camera's horizontal field of view in degrees.
+
+        Asked for only where there is a `source`, which comes with it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has source={self.source!r}, and must have `derived` too")
 
     @abc.abstractmethod
     def write(self, target: str | Path, map_: np.ndarray) -> None:
